@@ -1,0 +1,467 @@
+"""Every knob of a run, as frozen pydantic models, and the strict YAML reader that fills them.
+
+A config file holds values, never the names of Python objects. Unknown keys, wrong types and impossible values stop the
+run before anything is built; all problems are reported at once, each with its full key path. Nothing writes to a config
+after it is read: derived numbers are properties, computed where they are asked for.
+"""
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+
+class ConfigError(ValueError):
+    """A config that does not describe a run. The message lists every problem found."""
+
+
+def _expand(path: Path) -> Path:
+    return Path(os.path.expandvars(path.expanduser()))
+
+
+UserPath = Annotated[Path, AfterValidator(_expand)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Range = tuple[float, float]
+
+
+class Section(BaseModel):
+    """Behaviour shared by all sections: frozen, unknown keys refused, no NaN or infinity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+class FfcvSource(Section):
+    """`.beton` files, decoded once by FFCV's threads."""
+
+    name: Literal["ffcv"]
+    train: UserPath
+    val: UserPath | None = None
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Decoding threads of each rank; 0: the cores of the machine shared out over its ranks."""
+
+
+class FolderSource(Section):
+    """Directories of JPEG, PNG, WebP, BMP or TIFF files, one sub-directory for each class, or none."""
+
+    name: Literal["folder"]
+    train: UserPath
+    val: UserPath | None = None
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Decoding threads of each rank; 0: the cores of the machine shared out over its ranks."""
+    max_side: Annotated[int, Field(ge=8)] | None = 512
+    """Larger images are resized to this longer side after decoding; null keeps them as they are."""
+
+
+class ResidentSource(Section):
+    """The whole data set, decoded, in the device's memory (`launch.py convert --to tensor`). For small images."""
+
+    name: Literal["resident"]
+    train: UserPath
+    val: UserPath | None = None
+
+
+Source = Annotated[FfcvSource | FolderSource | ResidentSource, Field(discriminator="name")]
+
+
+class DataConfig(Section):
+    source: Source
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Of the channels red, green, blue in [0, 1], subtracted from every view. Default: ImageNet."""
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+    on_corrupt: Literal["replace", "fail"] = "replace"
+    """An image that cannot be read: another one takes its place and the record says so, or the run stops."""
+    prefetch: Annotated[int, Field(ge=1, le=16)] = 2
+    """Batches prepared ahead, per rank."""
+
+
+class ViewConfig(Section):
+    """How one view of an image is drawn. Probabilities are per image; a probability of 0 leaves the step out."""
+
+    size: Annotated[int, Field(ge=4, le=1024)]
+    """Side of the square output, pixels."""
+    crop_scale: Range = (0.2, 1.0)
+    """Area of the random crop, as a fraction of the image's."""
+    crop_ratio: Range = (3 / 4, 4 / 3)
+    """Aspect ratio (width / height) of the random crop."""
+    flip_prob: Probability = 0.5
+    jitter_prob: Probability = 0.0
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
+    """Strength of brightness, contrast, saturation and hue, as in torchvision.transforms.ColorJitter."""
+    grayscale_prob: Probability = 0.0
+    blur_prob: Probability = 0.0
+    blur_sigma: Range = (0.1, 2.0)
+    """Standard deviation of the Gaussian blur, pixels of the view."""
+    solarize_prob: Probability = 0.0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        low, high = self.crop_scale
+        _require(0 < low <= high <= 1, "crop_scale", "need 0 < low <= high <= 1", self.crop_scale)
+        low, high = self.crop_ratio
+        _require(0 < low <= high, "crop_ratio", "need 0 < low <= high", self.crop_ratio)
+        low, high = self.blur_sigma
+        _require(0 < low <= high <= 10, "blur_sigma", "need 0 < low <= high <= 10", self.blur_sigma)
+        _require(min(self.jitter) >= 0, "jitter", "strengths are not negative", self.jitter)
+        _require(self.jitter[3] <= 0.5, "jitter", "the hue's strength is at most 0.5", self.jitter)
+        return self
+
+
+class ViewsConfig(Section):
+    weak: ViewConfig
+    """The teacher's view."""
+    strong: Annotated[tuple[ViewConfig, ...], Field(min_length=1, max_length=16)]
+    """The student's views: one, or several crops of falling size."""
+
+
+# --- encoder and method ----------------------------------------------------------------------------------------------
+
+
+class LocalBatchNorm(Section):
+    """Each rank normalises with the statistics of its own images."""
+
+    name: Literal["local"] = "local"
+
+
+class SyncBatchNorm(Section):
+    """All ranks normalise with the statistics of the whole batch."""
+
+    name: Literal["sync"]
+
+
+class SplitBatchNorm(Section):
+    """The batch of one device is cut into groups that are normalised apart, as if each were on a device of its own."""
+
+    name: Literal["split"]
+    groups: Annotated[int, Field(ge=2)]
+
+
+class ShuffleBatchNorm(Section):
+    """Ranks normalise apart and exchange the teacher's images, so that no rank sees both views of an image."""
+
+    name: Literal["shuffle"]
+
+
+BatchNorm = Annotated[LocalBatchNorm | SyncBatchNorm | SplitBatchNorm | ShuffleBatchNorm, Field(discriminator="name")]
+
+
+class ResNet(Section):
+    """torchvision's ResNet without its classifier."""
+
+    name: Literal["resnet18", "resnet34", "resnet50"]
+    stem: Literal["imagenet", "medium", "small"] = "imagenet"
+    """imagenet: 7x7 stride 2 and max-pool. medium (64 px): 3x3 stride 1 and max-pool. small (32 px): 3x3 stride 1."""
+    batchnorm: BatchNorm = LocalBatchNorm()
+
+
+class SmallResNet(Section):
+    """Three stages of basic blocks of width, 2 width and 4 width channels, for images up to 64 px and runs on a CPU."""
+
+    name: Literal["resnet_small"]
+    width: Count = 16
+    blocks: Count = 1
+    """Basic blocks in each stage."""
+    batchnorm: BatchNorm = LocalBatchNorm()
+
+
+Encoder = Annotated[ResNet | SmallResNet, Field(discriminator="name")]
+
+
+class ReSSLConfig(Section):
+    """Zheng et al. 2021, https://arxiv.org/abs/2107.09282. Defaults are the authors' ImageNet settings."""
+
+    name: Literal["ressl"]
+    hidden_dim: Count = 4096
+    embed_dim: Count = 512
+    queue_size: Count = 131072
+    student_temperature: Positive = 0.1
+    teacher_temperature: Positive = 0.04
+    teacher_momentum: Probability = 0.999
+
+
+Method = ReSSLConfig  # ReSSLConfig | WCLConfig | ..., told apart by name, once there are more
+
+
+# --- optimization ----------------------------------------------------------------------------------------------------
+
+
+class SGDConfig(Section):
+    """SGD; the learning rate rises linearly from 0 over the warm-up, then falls to 0 on a cosine, at every step."""
+
+    name: Literal["sgd"]
+    epochs: Count
+    batch_size: Count
+    """Images per step over all ranks and micro-batches."""
+    accumulate: Count = 1
+    """Micro-batches of a step: each rank goes forward and backward this many times before the optimizer moves."""
+    lr: Positive
+    lr_scaling: Literal["none", "linear"] = "none"
+    """linear: `lr` is meant for 256 images a step and grows with batch_size."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = False
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    no_decay: tuple[str, ...] = ()
+    """Parameters whose name contains one of these words are not decayed."""
+    warmup_epochs: Annotated[float, Field(ge=0)] = 5.0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _require(self.warmup_epochs < self.epochs, "warmup_epochs", f"must be below epochs={self.epochs}",
+                 self.warmup_epochs)  # fmt: skip
+        _require(self.batch_size % self.accumulate == 0, "accumulate",
+                 f"must divide batch_size={self.batch_size}", self.accumulate)  # fmt: skip
+        _require(self.momentum > 0 or not self.nesterov, "nesterov", "needs momentum above 0", self.nesterov)
+        return self
+
+    @property
+    def peak_lr(self) -> float:
+        return self.lr * self.batch_size / 256 if self.lr_scaling == "linear" else self.lr
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+class KnnConfig(Section):
+    """Wu et al. 2018, https://arxiv.org/abs/1805.01978."""
+
+    k: Count = 200
+    temperature: Positive = 0.1
+
+
+class LinearConfig(Section):
+    """A linear classifier on frozen features, trained by SGD without weight decay."""
+
+    epochs: Count = 100
+    batch_size: Count = 256
+    lr: Positive = 0.3
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = False
+    schedule: Literal["cosine", "step"] = "cosine"
+    """cosine: to 0, at every step. step: a tenth of the rate from 60 % of the epochs on, a hundredth from 80 % on."""
+    crops: Literal["random", "centre"] = "random"
+    """random: new crops and flips each epoch, so every epoch passes the encoder. centre: features are made once."""
+    crop_scale: Range = (0.08, 1.0)
+
+
+class EvaluateConfig(Section):
+    size: Annotated[int, Field(ge=4, le=1024)]
+    """Side of the centre crop, pixels."""
+    resize: Annotated[int, Field(ge=4, le=2048)] | None = None
+    """The shorter side is resized to this before the centre crop of `size`; null: the same as `size`."""
+    batch_size: Count = 256
+    knn: KnnConfig = KnnConfig()
+    linear: LinearConfig = LinearConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _require(self.resize is None or self.resize >= self.size, "resize", f"must not be below size={self.size}",
+                 self.resize)  # fmt: skip
+        return self
+
+
+# --- run -------------------------------------------------------------------------------------------------------------
+
+
+class RunConfig(Section):
+    out_dir: UserPath
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is a GPU, else the CPU."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    log_every: Count = 50
+    """Steps between reads of the loss from the device; each read waits for the device."""
+    knn_every: Annotated[int, Field(ge=0)] = 0
+    """Epochs between kNN evaluations while training; 0: none."""
+    checkpoint_every: Count = 1
+    """Epochs between checkpoints; the last epoch always leaves one."""
+    tensorboard: bool = False
+    """Write the metrics to `out_dir`/tensorboard as well."""
+
+
+class Config(Section):
+    data: DataConfig
+    views: ViewsConfig
+    encoder: Encoder
+    method: Method
+    optim: SGDConfig
+    evaluate: EvaluateConfig
+    run: RunConfig
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _require(self.run.knn_every == 0 or self.data.source.val is not None, "run.knn_every",
+                 "needs data.source.val to be set", self.run.knn_every)  # fmt: skip
+        return self
+
+
+def _require(condition: bool, key: str, message: str, value: object) -> None:
+    """Raises a problem of a section's key, found by comparing fields. `_describe` puts the section's path before it."""
+    if not condition:
+        raise ValueError(f"{key}: {message}, got {list(value) if isinstance(value, tuple) else value}")
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads `path`, applies `section.key=value` overrides, and returns a checked Config or raises ConfigError."""
+    raw = _read_yaml(path)
+    problems = [problem for item in overrides if (problem := _override(raw, item))]
+    try:
+        # By way of JSON, because pydantic's strict mode then takes lists for tuples and strings for paths, and nothing
+        # else for anything: no "10" for 10, no 1 for true.
+        config = Config.model_validate_json(json.dumps(raw, default=str), strict=True)
+    except ValidationError as error:
+        found = error.errors()
+        # a tuple whose only item is wrong is also reported as too short: keep the inner problem alone
+        inner = [e for e in found if not any(o["loc"][: len(e["loc"])] == e["loc"] and o is not e for o in found)]
+        problems += [_describe(e, raw) for e in inner]
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ConfigError("\n".join([f"{path}: {count}", *(f"  {p}" for p in problems)]))
+    return config
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Writes the resolved config, every default included, so that `load_config` gives the same again."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: 1e-4 is a number, and a key that stands twice is an error."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if isinstance(key, str) and key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+        if isinstance(key, str):
+            seen.add(key)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the config: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not a text file in UTF-8") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: not valid YAML: nested too deeply") from None
+    if not isinstance(raw, dict):
+        found = "nothing" if raw is None else f"a {type(raw).__name__}"
+        raise ConfigError(f"{path}: expected sections such as `data:` and `optim:`, found {found}")
+    return raw
+
+
+def _override(raw: dict[str, Any], item: str) -> str | None:
+    """Puts one `section.key=value` into `raw`; returns what is wrong with it, if anything."""
+    key, equals, text = item.partition("=")
+    if not equals or not key:
+        return f"{item}: an override is written section.key=value"
+    try:
+        value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError:
+        return f"{key}: {text!r} is not a YAML value"
+    *sections, leaf = key.split(".")
+    node: Any = raw
+    for section in sections:
+        if isinstance(node, list) and section.isdigit() and int(section) < len(node):
+            node = node[int(section)]
+        elif isinstance(node, dict):
+            node = node.setdefault(section, {})
+        else:
+            return f"{key}: {section!r} is not a section of the config"
+    if isinstance(node, dict):
+        node[leaf] = value
+    elif isinstance(node, list) and leaf.isdigit() and int(leaf) < len(node):
+        node[int(leaf)] = value
+    else:
+        return f"{key}: {leaf!r} is not a key that can be set"
+    return None
+
+
+def _describe(error: ErrorDetails, raw: dict[str, Any]) -> str:
+    """One problem as `section.key: what is wrong`."""
+    path, node = _key_path(error["loc"], raw)
+    where = ".".join(map(str, path))
+    got = json.dumps(error["input"], default=str, ensure_ascii=False)
+    match error["type"]:
+        case "extra_forbidden":
+            return f"{where}: unknown key{_suggest(str(path[-1]), _known_keys(path[:-1], raw))}"
+        case "missing":
+            return f"{where}: missing"
+        case "union_tag_invalid" | "union_tag_not_found":
+            names = error["ctx"]["expected_tags"] if "expected_tags" in error.get("ctx", {}) else "one of its names"
+            chosen = node.get("name") if isinstance(node, dict) else node
+            return f"{where}.name: {chosen!r} is not one of {names}".replace("'", "")
+        case "value_error":  # from a model's own check: its message starts with the key
+            return (f"{where}." if where else "") + str(error["ctx"]["error"])
+        case "literal_error":
+            return f"{where}: {error['input']!r} is not one of {error['ctx']['expected']}".replace("'", "")
+        case _:
+            message = error["msg"].removeprefix("Input should be ").replace("Input should ", "")
+            return f"{where}: expected {message}, got {got}"
+
+
+def _key_path(loc: tuple[int | str, ...], raw: Any) -> tuple[list[int | str], Any]:
+    """pydantic's location without the union tags that it puts between a key and the keys below it."""
+    path: list[int | str] = []
+    node = raw
+    for part in loc:
+        if isinstance(node, dict) and part not in node and node.get("name") == part:
+            continue
+        path.append(part)
+        try:
+            node = node[part]
+        except (KeyError, IndexError, TypeError):
+            node = None
+    return path, node
+
+
+def _known_keys(path: Sequence[int | str], raw: Any) -> list[str]:
+    """The keys of the section at `path`."""
+    kind: Any = Config
+    for part in path:
+        raw = raw[part]
+        if isinstance(part, str):
+            kind = kind.model_fields[part].annotation
+        options = [o for o in (kind, *get_args(kind)) if isinstance(o, type) and issubclass(o, Section)]
+        named = [o for o in options if isinstance(raw, dict) and raw.get("name") in _names(o)]
+        kind = (named or options)[0]
+    return list(kind.model_fields)
+
+
+def _names(section: type[Section]) -> tuple[Any, ...]:
+    return get_args(section.model_fields["name"].annotation) if "name" in section.model_fields else ()
+
+
+def _suggest(key: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(known)}"
