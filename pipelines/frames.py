@@ -3,13 +3,15 @@
 One flat byte buffer, so that padded canvases, tight rows and a whole resident data set all fit without a copy.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from pipelines.sampler import mix64
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +31,50 @@ class Frames:
     label: Tensor  # (B,) int64, -1 where unknown
     extent: tuple[int, int]  # no image is higher or wider
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.pixels, self.offset, self.size, self.stride, self.original, self.index, self.label)
+
     def to(self, device: torch.device, *, non_blocking: bool = False) -> "Frames":
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        tensors = {k: v.to(device, non_blocking=non_blocking) for k, v in moved.items() if isinstance(v, Tensor)}
-        return replace(self, **tensors)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Frames":
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Frames":
+        return Frames(
+            pixels=change(self.pixels),
+            offset=change(self.offset),
+            size=change(self.size),
+            stride=change(self.stride),
+            original=change(self.original),
+            index=change(self.index),
+            label=change(self.label),
+            extent=self.extent,
+        )
+
+
+def pack(images: Sequence[np.ndarray], original: np.ndarray, index: np.ndarray, label: np.ndarray) -> Frames:
+    """Copies images, each (H, W, 3) uint8, one after another into a buffer of their own, on the host.
+
+    `original` (B, 2) is the size of each before any resizing; `index` and `label` are (B,).
+    """
+    size = np.array([image.shape[:2] for image in images], np.int32)
+    lengths = size.prod(axis=1, dtype=np.int64) * 3
+    offset = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    extent = (int(size[:, 0].max()), int(size[:, 1].max()))
+    pixels = np.empty(int(lengths.sum()) + 3 * extent[1], np.uint8)
+    for image, first, length in zip(images, offset, lengths, strict=True):
+        pixels[first : first + length] = image.reshape(-1)
+    return Frames(
+        pixels=torch.from_numpy(pixels),
+        offset=torch.from_numpy(offset),
+        size=torch.from_numpy(size),
+        stride=torch.from_numpy(3 * size[:, 1]),
+        original=torch.from_numpy(original.astype(np.int32)),
+        index=torch.from_numpy(index.astype(np.int64)),
+        label=torch.from_numpy(label.astype(np.int64)),
+        extent=extent,
+    )
 
 
 class Source(Protocol):
@@ -41,9 +83,16 @@ class Source(Protocol):
     labels: np.ndarray  # (N,) int64, -1 where unknown
     classes: tuple[str, ...]  # class names; label i is classes[i]
 
-    def stream(self, batches: Iterable[np.ndarray]) -> Iterator[Frames]:
-        """One Frames for each (B,) int64 array of indices, in order. All arrays but the last have the same length.
+    def stream(self, batches: Iterable[np.ndarray], *, salt: int) -> Iterator[Frames]:
+        """One Frames for each (B,) int64 array of positions in 0 .. N - 1, in order, in memory of its own.
 
-        The result is valid until the next one is asked for. Leaving the iterator early (`close()`) frees its threads.
+        All arrays but the last have the same length. `salt` and the position decide which image stands in for one that
+        cannot be read. Closing the iterator early frees what it holds.
         """
         ...
+
+
+def stand_in(position: int, attempt: int, salt: int, count: int) -> int:
+    """The position that takes the place of one that cannot be read; `attempt` counts from 0."""
+    key = np.array([position + attempt * count], np.uint64) ^ mix64(np.array([salt], np.uint64))
+    return int(mix64(key)[0] % np.uint64(count))

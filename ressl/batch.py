@@ -15,6 +15,10 @@ Split = Literal["train", "val"]
 Crops = Literal["centre", "random"]
 
 
+class DataError(ValueError):
+    """Data that cannot be used. The message names the file, what is wrong with it and what to do."""
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """One micro-batch of one rank, on the training device. Row i of every field comes from the same image.
@@ -32,7 +36,10 @@ class Batch:
 class ViewLoader(Protocol):
     """The training stream of one rank."""
 
-    steps_per_epoch: int  # optimizer steps; each takes `accumulate` batches
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps; each takes `optim.accumulate` batches."""
+        ...
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The batches of `epoch` from its step `start_step` on. The same arguments give the same batches, always."""
@@ -45,7 +52,8 @@ Probe = Iterable[tuple[Tensor, Tensor, Tensor]]  # (B, 3, h, w) float32 normalis
 class Probes(Protocol):
     """Labelled streams for the evaluations."""
 
-    num_classes: int
+    @property
+    def num_classes(self) -> int: ...
 
     def count(self, split: Split) -> int:
         """Images of the split over all ranks."""

@@ -1,0 +1,39 @@
+# The project's errands. `make quickstart` and `make test` do their own set-up: nothing has to be installed before them.
+
+# For `make gpu` on a host without network, where no .venv can be made.
+PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
+
+.PHONY: help setup quickstart test check format gpu
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make quickstart   set up, then train and judge a small model on real images, on whatever this machine has"
+	@echo "make test         set up, then run all tests"
+	@echo "make check        set up, then lint, formatting, types, architecture"
+	@echo "make format       set up, then rewrite the code in the house's format"
+	@echo "make gpu          the tests that need a GPU, with PYTHON ($(PYTHON)) as it is"
+	@echo "make setup        only the set-up: .venv with PYTHON, if given, or a Python 3.12 or 3.11 that is found"
+
+setup:
+	@bash tools/setup.sh
+
+quickstart: setup
+	@.venv/bin/python launch.py quickstart
+
+test: setup
+	@.venv/bin/python -m pytest -q
+
+check: setup
+	@.venv/bin/python -m ruff check --quiet .
+	@.venv/bin/python -m ruff format --check --quiet . || { echo "not in the house's format; type: make format"; exit 1; }
+	@.venv/bin/python -m mypy --no-error-summary
+	@.venv/bin/python -m pytest -q tests/test_architecture.py
+
+format: setup
+	@.venv/bin/python -m ruff check --fix --quiet .
+	@.venv/bin/python -m ruff format .
+
+# pytest ends with 5 when it selects no test
+gpu:
+	@$(PYTHON) -m pytest -q -rs -m gpu || { code=$$?; \
+		[ $$code -ne 5 ] || echo "make gpu: no test in tests/ is marked gpu, so nothing was run"; exit $$code; }

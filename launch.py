@@ -1,0 +1,312 @@
+"""The front door and the map: builds every part from the config, introduces them to each other, starts the loop.
+
+    python launch.py quickstart
+    python launch.py pretrain configs/imagenet_resnet50_200ep_paper.yaml --gpus 8 optim.epochs=100
+
+This is the only file that knows pipelines/, ressl/ and tools/ alike. `python launch.py VERB --help` explains each verb.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pipelines import build_loaders, build_source
+from pipelines.loader import ViewStream
+from ressl import checkpoint
+from ressl.batch import DataError
+from ressl.config import Config
+from ressl.config_file import ConfigError, load_config
+from ressl.evals.features import NonFiniteFeatures
+from ressl.evals.protocol import evaluate as evaluate_backbone
+from ressl.method import AnyMethod, build_method
+from ressl.optim import build_optimizer
+from ressl.recorder import NonFiniteLoss, Recorder
+from ressl.run_dir import RunDirError, check_run_dir, checkpoint_path, config_path, keep_metrics_until, make_run_dir
+from ressl.runtime import MachineError, Runtime
+from ressl.trainer import train
+from tools.convert import DiskFull
+from tools.convert import convert as convert_data
+from tools.doctor import run_doctor
+from tools.plan import make_plan, print_plan
+from tools.preview import save_views
+from tools.processes import ProcessesFailed, first_to_fail, run_processes
+from tools.quickstart import quickstart as run_quickstart
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="values in place of the config's")
+]
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file such as those in configs/")]
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def run(cfg: Config, console: Console) -> float:
+    """Trains one run in this process, which may be one of several, and returns its images per second."""
+    runtime = Runtime(cfg.run, expected_world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    torch.manual_seed(cfg.run.seed)  # the same on every rank: it draws the initial weights and the initial queue
+    loaders = build_loaders(
+        cfg,
+        device=runtime.device,
+        dtype=runtime.dtype,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        report=lambda message: recorder.bad_image(message),
+    )
+    method = build_method(cfg.method, cfg.encoder, runtime.collectives).to(runtime.device)
+    optimizer = build_optimizer(method.student, cfg.optim)
+    if runtime.is_main:
+        make_run_dir(cfg)
+    runtime.wait_for_everyone()
+    start_step = restore(cfg, method, optimizer, console if runtime.is_main else Console(quiet=True))
+    if runtime.is_main:
+        keep_metrics_until(cfg.run.out_dir, start_step)
+    recorder = Recorder(
+        cfg.run.out_dir,
+        console,
+        every=cfg.run.log_every,
+        images=cfg.optim.batch_size,
+        steps_per_epoch=loaders.train.steps_per_epoch,
+        epochs=cfg.optim.epochs,
+        start_step=start_step,
+        active=runtime.is_main,
+        track=runtime.track if cfg.run.tensorboard else None,
+    )
+
+    def on_epoch_end(epochs: int, step: int) -> None:
+        last = epochs == cfg.optim.epochs
+        if runtime.is_main and (last or epochs % cfg.run.checkpoint_every == 0):
+            checkpoint.save(checkpoint_path(cfg.run.out_dir), step=step, method=method, optimizer=optimizer)
+        if cfg.run.knn_every and (last or epochs % cfg.run.knn_every == 0):
+            started = time.perf_counter()
+            found = evaluate_backbone(
+                method.student.get_submodule("backbone"),
+                loaders.probes,
+                cfg.evaluate,
+                linear=False,
+                gather=runtime.gather_rows,
+            )
+            recorder.evaluated(step, found, time.perf_counter() - started)
+        recorder.restart_clock()
+
+    with runtime.trackers(), recorder:
+        train(
+            method, loaders.train, optimizer, runtime, recorder, cfg.optim, start_step=start_step,
+            on_epoch_end=on_epoch_end,
+        )  # fmt: skip
+    return recorder.images_per_s
+
+
+def restore(cfg: Config, method: AnyMethod, optimizer: torch.optim.Optimizer, console: Console) -> int:
+    """Fills method and optimizer from the run's checkpoint, if it has one, and returns the steps taken so far."""
+    path = checkpoint_path(cfg.run.out_dir)
+    if not path.exists():
+        return 0
+    saved = checkpoint.load(path)
+    method.load_state_dict(saved.method)
+    optimizer.load_state_dict(dict(saved.optimizer))
+    console.print(f"going on from {path}, after step {saved.step:,}")
+    return saved.step
+
+
+def evaluate_run(
+    cfg: Config, console: Console, *, network: Literal["student", "teacher"], knn: bool, linear: bool, untrained: bool
+) -> dict[str, float]:
+    """Evaluates the backbone of a run's checkpoint, or of the same seed before training."""
+    runtime = Runtime(cfg.run)
+    torch.manual_seed(cfg.run.seed)
+    loaders = build_loaders(cfg, device=runtime.device, report=lambda message: console.print(f"warning: {message}"))
+    method = build_method(cfg.method, cfg.encoder, runtime.collectives).to(runtime.device)
+    if not untrained:
+        method.load_state_dict(checkpoint.load(checkpoint_path(cfg.run.out_dir)).method)
+    encoder = method.student if network == "student" else method.teacher
+    with console.status("") as status:
+        return evaluate_backbone(
+            encoder.get_submodule("backbone"),
+            loaders.probes,
+            cfg.evaluate,
+            knn=knn,
+            linear=linear,
+            seed=cfg.run.seed,
+            gather=runtime.gather_rows,
+            progress=status.update,
+        )
+
+
+# --- verbs -----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option(help="directory of the run, replaced if it exists")] = Path("runs/quickstart"),
+    images: Annotated[Path | None, typer.Option(help="image folder or IDX directory instead of Fashion-MNIST")] = None,
+    epochs: Annotated[int, typer.Option(help="0: as the config says, or more on a GPU")] = 0,
+) -> None:
+    """Trains ReSSL on real images in a few minutes, and shows what it learned.
+
+    Takes Fashion-MNIST (70,000 images; the Debian package, or a download), writes it as an FFCV file, draws a picture of
+    weak and strong views, pretrains a small ResNet, and evaluates it before and after.
+    """
+    run_quickstart(out, images, epochs, Console(), train=run, evaluate=_evaluate_for_quickstart, views=_save_views)
+
+
+@app.command()
+def convert(
+    src: Annotated[str, typer.Argument(help="image folder, IDX directory, or torchvision:NAME[:ROOT]")],
+    dst: Annotated[Path, typer.Argument(help="directory for the result")],
+    to: Annotated[Literal["ffcv", "tensor"], typer.Option(help="ffcv: .beton files; tensor: for the resident source")],
+    mode: Annotated[Literal["auto", "jpg", "raw"], typer.Option(help="ffcv: how images are stored")] = "auto",
+    quality: Annotated[int, typer.Option(help="ffcv: JPEG quality, 1 to 100")] = 90,
+    max_side: Annotated[int | None, typer.Option(help="shrink larger images to this longer side, pixels")] = None,
+    split: Annotated[str | None, typer.Option(help="take only this split, or name the only one")] = None,
+    max_skipped: Annotated[float, typer.Option(help="share of unreadable images above which it fails")] = 0.01,
+    workers: Annotated[int, typer.Option(help="threads; 0: all cores")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace files that exist")] = False,
+) -> None:
+    """Turns images into the files that the sources `ffcv` and `resident` read.
+
+    Every image is decoded and checked. What cannot be read is named, counted, left out and listed in manifest.json.
+    """
+    convert_data(
+        src, dst, to, mode=mode, quality=quality, max_side=max_side, split=split, max_skipped=max_skipped,
+        workers=workers, overwrite=overwrite, console=Console(),
+    )  # fmt: skip
+
+
+@app.command()
+def views(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="the picture, PNG")] = Path("views.png"),
+    images: Annotated[int, typer.Option(help="rows of the picture", min=1, max=64)] = 8,
+    epoch: Annotated[int, typer.Option(help="of which the first images are shown", min=0)] = 0,
+) -> None:
+    """Draws what the networks see: each image with its weak view and its strong views, as the run would make them."""
+    _save_views(load_config(config, overrides or []), out, images, epoch)
+    Console().print(f"wrote {out}")
+
+
+@app.command()
+def pretrain(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(help="processes, one for each GPU of this machine", min=0)] = 0,
+    processes: Annotated[int, typer.Option(help="processes on the CPU, joined by gloo", min=0)] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print what the run would be, and stop")] = False,
+) -> None:
+    """Trains an encoder. A directory that holds this run's checkpoint goes on after its last whole epoch.
+
+    Without --gpus and --processes it trains in this process, on a GPU if there is one. A batch is optim.batch_size
+    images over all processes, so the number of processes changes the speed and not the recipe.
+    """
+    cfg = load_config(config, overrides or [])
+    if gpus and processes:
+        raise ConfigError("--gpus and --processes exclude each other: --processes is for the CPU")
+    if gpus > torch.cuda.device_count():
+        raise MachineError(f"--gpus {gpus}, but torch sees {torch.cuda.device_count()} GPUs here: `launch.py doctor`")
+    if processes:
+        cfg = cfg.model_copy(update={"run": cfg.run.model_copy(update={"device": "cpu"})})
+    world_size = gpus or processes or 1
+    console = Console()
+    if "RANK" in os.environ:
+        run(cfg, console)
+        return
+    check_run_dir(cfg)
+    if dry_run:
+        source = build_source(cfg.data, cfg.data.source.train, torch.device("cpu"))
+        print_plan(make_plan(cfg, images=len(source.labels), world_size=world_size), cfg, console)
+    elif world_size > 1:
+        run_processes([*sys.argv, *(["run.device=cpu"] if processes else [])], world_size)
+        _print_end(cfg, console)
+    else:
+        run(cfg, console)
+        _print_end(cfg, console)
+
+
+@app.command()
+def evaluate(
+    run_dir: Annotated[Path, typer.Argument(help="directory of a run, as run.out_dir")],
+    overrides: Overrides = None,
+    network: Annotated[Literal["student", "teacher"], typer.Option(help="whose backbone")] = "student",
+    knn: Annotated[bool, typer.Option(help="k nearest neighbours")] = True,
+    linear: Annotated[bool, typer.Option(help="a linear classifier on frozen features")] = True,
+    untrained: Annotated[bool, typer.Option("--untrained", help="the same encoder before its first step")] = False,
+) -> None:
+    """Measures what a run's encoder has learned: kNN and linear top-1 accuracy, as the config's `evaluate` says."""
+    if not config_path(run_dir).is_file():
+        raise ConfigError(f"{run_dir}: no run here (there is no config.yaml)")
+    cfg = load_config(config_path(run_dir), [f"run.out_dir={json.dumps(str(run_dir))}", *(overrides or [])])
+    console, started = Console(), time.perf_counter()
+    found = evaluate_run(cfg, console, network=network, knn=knn, linear=linear, untrained=untrained)
+    name = "untrained" if untrained else network
+    record = {"network": name, **found, "seconds": round(time.perf_counter() - started, 1)}
+    with (run_dir / "evaluations.jsonl").open("a") as file:
+        file.write(json.dumps({**record, "evaluate": cfg.evaluate.model_dump(mode="json")}) + "\n")
+    table = Table(title=f"{run_dir}, {name}", title_justify="left")
+    for column in ("evaluation", "top-1"):
+        table.add_column(column)
+    for key, value in found.items():
+        table.add_row({"linear_best": "linear, best epoch on the test images"}.get(key, key), f"{100 * value:.2f} %")
+    console.print(table)
+
+
+@app.command()
+def doctor() -> None:
+    """Shows what this machine has and lacks, with the line to type for each thing missing."""
+    raise typer.Exit(run_doctor(Console()))
+
+
+def _print_end(cfg: Config, console: Console) -> None:
+    console.print(f"done: {checkpoint_path(cfg.run.out_dir)}; evaluate it: python launch.py evaluate {cfg.run.out_dir}")
+
+
+def _save_views(cfg: Config, out: Path, images: int = 8, epoch: int = 0) -> None:
+    size = min(cfg.optim.batch_size, images)
+    cfg = cfg.model_copy(update={"optim": cfg.optim.model_copy(update={"batch_size": size, "accumulate": 1})})
+    stream = build_loaders(cfg, device=torch.device("cpu")).train
+    assert isinstance(stream, ViewStream)
+    save_views(stream, out, images=images, epoch=epoch)
+
+
+def _evaluate_for_quickstart(cfg: Config, console: Console, *, untrained: bool) -> dict[str, float]:
+    return evaluate_run(cfg, console, network="student", knn=True, linear=True, untrained=untrained)
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def main() -> int:
+    """Runs the verb that was asked for. A person's mistake ends in one message and a code, never in a traceback."""
+    try:
+        app()
+        return 0
+    except ProcessesFailed as failed:  # the process that failed has said why
+        return failed.exit_code
+    except (ConfigError, DataError, RunDirError) as error:
+        return _fail(error, 2)
+    except checkpoint.CheckpointError as error:
+        return _fail(error, 3)
+    except (MachineError, DiskFull) as error:
+        return _fail(error, 4)
+    except (NonFiniteLoss, NonFiniteFeatures) as error:
+        return _fail(error, 5)
+
+
+def _fail(error: object, code: int) -> int:
+    if first_to_fail():
+        print(f"ressl: error: {error}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""Image files in a directory tree, decoded by a pool of threads: Pillow releases the interpreter lock meanwhile.
+
+The simplest source: nothing has to be converted, and every epoch decodes every file again.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from pipelines.frames import Frames, pack, stand_in
+from pipelines.images import BadImage, fit_max_side, read_image, scan_folder
+from ressl.batch import DataError
+
+
+class FolderSource:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        workers: int,
+        max_side: int | None,
+        on_corrupt: Literal["replace", "fail"],
+        report: Callable[[str], None],
+    ) -> None:
+        folder = scan_folder(root)
+        self.root, self.paths = folder.root, folder.paths
+        self.labels, self.classes = folder.labels, folder.classes
+        self.workers, self.max_side, self.on_corrupt, self.report = workers, max_side, on_corrupt, report
+
+    def stream(self, batches: Iterable[np.ndarray], *, salt: int) -> Iterator[Frames]:
+        with ThreadPoolExecutor(self.workers, thread_name_prefix="decode") as pool:
+            waiting = iter(batches)
+            # two batches are in the pool at a time, so that no thread idles while the last image of one is decoded
+            pending = deque(self._submit(pool, batch, salt) for batch in islice(waiting, 2))
+            try:
+                while pending:
+                    decoded = [future.result() for future in pending.popleft()]
+                    pending.extend(self._submit(pool, batch, salt) for batch in islice(waiting, 1))
+                    positions = np.array([position for position, _, _ in decoded])
+                    originals = np.array([original for _, _, original in decoded])
+                    yield pack([image for _, image, _ in decoded], originals, positions, self.labels[positions])
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def _submit(self, pool: ThreadPoolExecutor, positions: np.ndarray, salt: int) -> list:
+        return [pool.submit(partial(self._read, int(position), salt)) for position in positions]
+
+    def _read(self, position: int, salt: int) -> tuple[int, np.ndarray, tuple[int, int]]:
+        """Position, image and original size: of the position asked for, or of the one that stands in for it."""
+        problems = []
+        for attempt in range(10):
+            chosen = position if attempt == 0 else stand_in(position, attempt - 1, salt, len(self.paths))
+            path = self.root / self.paths[chosen]
+            try:
+                image = read_image(path)
+            except BadImage as bad:
+                if self.on_corrupt == "fail":
+                    raise DataError(f"{path}: {bad} (data.on_corrupt=replace goes on without it)") from None
+                problems.append(f"{path}: {bad}")
+                continue
+            for problem in problems:
+                self.report(f"{problem}; replaced by {path}")
+            height, width = image.shape[:2]
+            return chosen, image if self.max_side is None else fit_max_side(image, self.max_side), (height, width)
+        raise DataError(f"{problems[0]}; and none of {len(problems) - 1} others tried in its place can be read")

@@ -1,0 +1,70 @@
+"""manifest.json beside converted data: what each file holds, where it came from and what had to be left out."""
+
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ressl.batch import DataError
+
+NAME = "manifest.json"
+FORMAT = "ressl-manifest-1"
+
+
+@dataclass(frozen=True, slots=True)
+class SplitRecord:
+    file: str  # name, in the directory of the manifest
+    count: int  # images in the file
+    classes: tuple[str, ...]  # label i is classes[i]
+    skipped: tuple[dict[str, Any], ...]  # images left out: {"index": int, "name": str, "reason": str}
+    bytes: int  # of the file
+    sha256: str  # of the file, hexadecimal
+    options: dict[str, Any]
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    splits: dict[str, SplitRecord] = field(default_factory=dict)
+
+
+def read_manifest(directory: Path) -> Manifest | None:
+    """The manifest in `directory`, or None where there is none. Raises DataError for one that cannot be understood."""
+    path = Path(directory) / NAME
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if raw["format"] != FORMAT:
+            raise DataError(f"{path}: format {raw['format']!r}, expected {FORMAT!r}; convert into another directory")
+        return Manifest({name: _record(record) for name, record in raw["splits"].items()})
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    except DataError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise DataError(f"{path}: not a manifest written by `convert`; remove it or convert again") from None
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """Pure ASCII, sorted keys: the same contents give the same bytes."""
+    splits = {
+        name: {part.name: getattr(record, part.name) for part in fields(SplitRecord)}
+        for name, record in manifest.splits.items()
+    }
+    return json.dumps({"format": FORMAT, "splits": splits}, indent=1, sort_keys=True) + "\n"
+
+
+def classes_of(path: Path) -> tuple[str, ...]:
+    """Class names of the data file at `path` from the manifest beside it; () where none lists the file."""
+    manifest = read_manifest(Path(path).parent)
+    records = manifest.splits.values() if manifest else ()
+    return next((record.classes for record in records if record.file == Path(path).name), ())
+
+
+def _record(raw: dict[str, Any]) -> SplitRecord:
+    record = SplitRecord(**{**raw, "classes": tuple(raw["classes"]), "skipped": tuple(raw["skipped"])})
+    for value, kind in ((record.file, str), (record.count, int), (record.sha256, str)):
+        if not isinstance(value, kind):
+            raise TypeError
+    return record

@@ -1,0 +1,75 @@
+"""ReSSL: a student on strong views learns its teacher's similarities, on weak views, to a queue of past images.
+
+Zheng et al. 2021, https://arxiv.org/abs/2107.09282. Deviations from the authors' code are marked NOTE.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ressl.batch import Batch
+from ressl.batchnorm import set_batchnorm_, shuffled, unshuffled
+from ressl.collectives import Collectives
+from ressl.config import BatchNorm, Encoder, Method, ReSSLConfig
+from ressl.ema import ema_update_, make_teacher
+from ressl.encoder import build_encoder
+from ressl.loss import relational_loss
+from ressl.queue import FeatureQueue
+
+
+class StepOutput(NamedTuple):
+    loss: Tensor  # () float32 at least, with gradient
+    carry: tuple[
+        Tensor, ...
+    ]  # each (B, ...), no gradient: joined over micro-batches, gathered over ranks in rank order
+    logs: dict[str, Tensor]  # each () float, no gradient, still on the device
+
+
+class ReSSL(nn.Module):
+    """`student` maps (B, 3, h, w) to (B, D) unit rows; the teacher is made from it here."""
+
+    def __init__(self, cfg: ReSSLConfig, student: nn.Module, batchnorm: BatchNorm, collectives: Collectives) -> None:
+        super().__init__()
+        self.cfg, self.batchnorm, self.collectives = cfg, batchnorm, collectives
+        set_batchnorm_(student, batchnorm, collectives)
+        self.student = student
+        self.teacher = make_teacher(student)
+        self.queue = FeatureQueue(cfg.queue_size, cfg.embed_dim)
+
+    def forward(self, batch: Batch) -> StepOutput:
+        # each view is a forward pass of its own, so that each is normalised by its own statistics
+        student = torch.cat([self.student(view) for view in batch.strong])  # (views * B, D)
+        with torch.no_grad():
+            (weak,) = batch.weak
+            keys = self.teacher(shuffled(self.batchnorm, self.collectives, weak))
+            keys = unshuffled(self.batchnorm, self.collectives, keys)  # (B, D)
+        teacher = keys.repeat(len(batch.strong), 1)  # (views * B, D)
+        loss = relational_loss(
+            student,
+            teacher,
+            self.queue.keys,
+            student_temperature=self.cfg.student_temperature,
+            teacher_temperature=self.cfg.teacher_temperature,
+        )
+        agreement = (student.detach() * teacher).sum(dim=1).mean()
+        return StepOutput(loss, (keys,), {"loss": loss.detach(), "agreement": agreement})
+
+    @torch.no_grad()
+    def after_step(self, keys: Tensor) -> None:
+        """Once per optimizer step, after it: `keys` (G, D) are the teacher's embeddings of the global batch.
+
+        NOTE: the authors move the teacher at the start of the next step; the sequence of weights is the same.
+        """
+        self.queue.push(keys)
+        ema_update_(self.teacher, self.student, self.cfg.teacher_momentum)
+
+
+AnyMethod = ReSSL  # ReSSL | WCL | ..., once there are more: each takes a Batch, gives a StepOutput, has after_step
+
+
+def build_method(cfg: Method, encoder: Encoder, collectives: Collectives) -> AnyMethod:
+    match cfg:
+        case ReSSLConfig():
+            student = build_encoder(encoder, hidden_dim=cfg.hidden_dim, embed_dim=cfg.embed_dim)
+            return ReSSL(cfg, student, encoder.batchnorm, collectives)

@@ -1,0 +1,141 @@
+"""Metrics out: a live bar on the terminal, one line of JSON for each record in metrics.jsonl, and the trackers.
+
+Reading a value waits for the device, and this is the only place of the training step that does so.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite. The message names the step."""
+
+
+class Recorder:
+    """Holds device tensors between records and reads them every `every` steps and at the end of each epoch.
+
+    `images` is the number of images of a step over all ranks; `track` also gets every record, if given. On ranks other
+    than the main one it is silent and only checks the loss.
+    """
+
+    def __init__(
+        self,
+        out_dir: Path,
+        console: Console,
+        *,
+        every: int,
+        images: int,
+        steps_per_epoch: int,
+        epochs: int,
+        start_step: int = 0,
+        active: bool = True,
+        track: Callable[[int, dict[str, float]], None] | None = None,
+    ) -> None:
+        self.every, self.images, self.active, self.track = every, images, active, track
+        self.steps_per_epoch, self.epochs = steps_per_epoch, epochs
+        self.console = console
+        self.file = out_dir / "metrics.jsonl"
+        self.progress = Progress(
+            TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]:,.0f} images/s  loss {task.fields[loss]:.3f}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            console=console,
+            transient=True,
+            disable=not (active and console.is_terminal),
+        )
+        self.task = self.progress.add_task(
+            "", total=epochs * steps_per_epoch, completed=start_step, epoch=0, epochs=epochs, rate=0.0, loss=math.nan
+        )
+        self.last_step, self.since = start_step, time.perf_counter()
+        self.trained_s, self.trained_images = 0.0, 0
+
+    def __enter__(self) -> Self:
+        self.progress.start()
+        self.since = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+
+    def step(self, step: int, logs: Mapping[str, Tensor], *, lr: float) -> None:
+        """Takes the logs of optimizer step `step`, counted from 1. Most calls only return."""
+        end_of_epoch = step % self.steps_per_epoch == 0
+        if step % self.every and not end_of_epoch:
+            return
+        values = {name: float(tensor) for name, tensor in logs.items()}  # waits for the device
+        if not math.isfinite(values["loss"]):
+            raise NonFiniteLoss(
+                f"the loss is {values['loss']} at step {step:,}: lower optim.lr, or use run.precision=fp32 or bf16"
+            )
+        seconds = time.perf_counter() - self.since
+        images = (step - self.last_step) * self.images
+        self.trained_s, self.trained_images = self.trained_s + seconds, self.trained_images + images
+        values |= {"lr": lr, "images_per_s": images / seconds}
+        epoch = (step - 1) // self.steps_per_epoch + 1
+        self.progress.update(self.task, completed=step, epoch=epoch, rate=values["images_per_s"], loss=values["loss"])
+        self.write(step, values)
+        if end_of_epoch:
+            self._epoch_line(epoch, step, values)
+        self.last_step, self.since = step, time.perf_counter()
+
+    def write(self, step: int, values: Mapping[str, float | str]) -> None:
+        """One record, as it is."""
+        if not self.active:
+            return
+        with self.file.open("a") as f:
+            f.write(json.dumps({"step": step, "epoch": round(step / self.steps_per_epoch, 4), **values}) + "\n")
+        if self.track:
+            self.track(step, {k: v for k, v in values.items() if isinstance(v, float)})
+
+    def evaluated(self, step: int, values: Mapping[str, float], seconds: float) -> None:
+        """The result of an evaluation between epochs; its time is not counted as training."""
+        self.write(step, {**values, "evaluation_s": seconds})
+        if self.active:
+            found = "  ".join(f"{name} {100 * value:.2f} %" for name, value in values.items())
+            self.console.print(f"  after epoch {step // self.steps_per_epoch}: {found}  ({seconds:.0f} s)")
+        self.restart_clock()
+
+    def bad_image(self, message: str) -> None:
+        """An image that could not be read and was replaced: never silent."""
+        self.write(self.last_step, {"bad_image": message})
+        self.console.print(f"[yellow]warning:[/] {message}", highlight=False, soft_wrap=True)
+
+    def restart_clock(self) -> None:
+        """Leaves the time since the last record out of the rates."""
+        self.since = time.perf_counter()
+
+    @property
+    def images_per_s(self) -> float:
+        """Of all recorded steps."""
+        return self.trained_images / self.trained_s if self.trained_s else math.nan
+
+    def _epoch_line(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
+        if self.active:
+            left = self.trained_s / max(1, self.trained_images) * self.images
+            left *= self.epochs * self.steps_per_epoch - step
+            self.console.print(
+                f"epoch {epoch:>4}/{self.epochs}  step {step:>7,}  loss {values['loss']:.4f}  "
+                f"agreement {values['agreement']:.3f}  {self.images_per_s:,.0f} images/s  {_duration(left)} left",
+                highlight=False,
+            )
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"

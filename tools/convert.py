@@ -1,0 +1,316 @@
+"""Turns images into the files that training reads: `.beton` for FFCV, or one tensor file that fits on the device."""
+
+import errno
+import hashlib
+import io
+import os
+import re
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+from pipelines.beton import JPG, RAW, open_beton
+from pipelines.images import BadImage, fit_max_side
+from pipelines.manifest import NAME, Manifest, SplitRecord, manifest_text, read_manifest
+from pipelines.tensor_file import read_tensor_file
+from ressl.batch import DataError
+from tools.beton_writer import EncodedSample, write_beton_to
+from tools.image_sets import ImageSet, detect
+from tools.output import atomic_output
+from tools.tensor_writer import write_tensors_to
+
+SUFFIX = {"ffcv": ".beton", "tensor": ".safetensors"}
+RAW_PIXELS = 64 * 64  # `auto` keeps images of up to this many pixels raw
+MAX_SIDE = 65500  # pixels; libjpeg's limit, and just under that of .beton
+NAMED = 10  # bad images that are printed; all are in the manifest
+
+
+class DiskFull(RuntimeError):
+    """No space for the output, of which nothing is left. The message names the place and what is free there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What decides the bytes of the output."""
+
+    to: Literal["ffcv", "tensor"]
+    mode: Literal["jpg", "raw", "auto"]
+    quality: int
+    max_side: int | None
+    max_skipped: float
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    index: int
+    name: str
+    reason: str
+
+
+def convert(
+    src: str,
+    dst: Path,
+    to: Literal["ffcv", "tensor"],
+    *,
+    mode: Literal["jpg", "raw", "auto"] = "auto",
+    quality: int = 90,
+    max_side: int | None = None,
+    split: str | None = None,
+    max_skipped: float = 0.01,
+    workers: int = 0,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> Manifest:
+    """Writes DST/<split>.beton or .safetensors for each split of `src`, and DST/manifest.json.
+
+    `src` is a folder of images, of IDX files, or `torchvision:NAME[:ROOT]`. `split` picks one of several splits, or
+    names the output of a source that has none (default: train). `max_side` in pixels; `max_skipped` is the share of a
+    split's images that may be unreadable. An image's index is its place in the source's sorted list, bad ones counted.
+    All files appear together when all are whole; on any error there are none. Raises DataError and DiskFull.
+    """
+    dst = Path(dst).expanduser()
+    options = _check_options(Options(to, mode, quality, max_side, max_skipped))
+    console = console or Console(stderr=True)
+    origin = detect(src)
+    sets = _choose_splits(src, origin.sets, split)
+    console.print(f"source: {_printable(origin.description)}", markup=False, highlight=False, soft_wrap=True)
+    before = _check_destination(dst, [name + SUFFIX[to] for name in sets], list(sets), overwrite)
+    made = not dst.exists()
+    try:
+        manifest = _write_all(dst, sets, _printable(origin.description), before, options, workers, console)
+    except BaseException as error:
+        if made:
+            with suppress(OSError):
+                dst.rmdir()
+        raise _output_error(dst, error) if isinstance(error, OSError) else error from None
+    records = [manifest.splits[name] for name in sets]
+    size = f"{sum(record.bytes for record in records) / 1e6:,.1f} MB"
+    console.print(f"wrote {', '.join(r.file for r in records)}, {size}, in {dst}", markup=False, soft_wrap=True)
+    return manifest
+
+
+def _write_all(
+    dst: Path,
+    sets: dict[str, Callable[[], ImageSet]],
+    source: str,
+    before: Manifest,
+    options: Options,
+    workers: int,
+    console: Console,
+) -> Manifest:
+    try:
+        dst.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{dst}: the directory cannot be made: {error.strerror}; choose another place") from None
+    records = dict(before.splits)
+    with ExitStack() as outputs:  # they get their names in the opposite order: the manifest comes last
+        manifest_file = outputs.enter_context(atomic_output(dst / NAME))
+        for split, load in sets.items():
+            target = dst / (split + SUFFIX[options.to])
+            file = outputs.enter_context(atomic_output(target))
+            images = load()
+            classes = tuple(map(_printable, images.classes))
+            skipped = _write_split(file, images, split, classes, options, workers, console)
+            records[split] = SplitRecord(
+                file=target.name,
+                count=len(images.labels) - len(skipped),
+                classes=classes,
+                skipped=tuple(asdict(one) for one in skipped),
+                bytes=Path(file.name).stat().st_size,
+                sha256=_sha256(Path(file.name)),
+                options=asdict(options),
+                source=source,
+            )
+        manifest_file.write(manifest_text(Manifest(records)).encode("ascii"))
+    return Manifest(records)
+
+
+def _check_options(options: Options) -> Options:
+    if options.to not in SUFFIX:
+        raise DataError(f"--to {options.to}: not one of {', '.join(SUFFIX)}")
+    if options.mode not in ("jpg", "raw", "auto"):
+        raise DataError(f"--mode {options.mode}: not one of jpg, raw, auto")
+    if not 1 <= options.quality <= 100:
+        raise DataError(f"--quality {options.quality}: expected a JPEG quality from 1 to 100")
+    if options.max_side is not None and options.max_side < 8:
+        raise DataError(f"--max-side {options.max_side}: expected at least 8 pixels")
+    if not 0 <= options.max_skipped <= 1:
+        raise DataError(f"--max-skipped {options.max_skipped}: expected a share from 0 to 1")
+    return options
+
+
+def _choose_splits(
+    src: str, sets: dict[str, Callable[[], ImageSet]], split: str | None
+) -> dict[str, Callable[[], ImageSet]]:
+    if split is None:
+        return sets
+    if len(sets) > 1 and split not in sets:
+        raise DataError(f"{src}: has no split {split!r}, only {', '.join(sets)}")
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", split):
+        raise DataError(f"--split {split!r}: use letters, digits, - and _ only")
+    return {split: sets[split] if split in sets else next(iter(sets.values()))}
+
+
+def _check_destination(dst: Path, files: list[str], splits: list[str], overwrite: bool) -> Manifest:
+    """The manifest of what is in `dst` and stays there."""
+    existing = [name for name in files if (dst / name).exists()]
+    if existing and not overwrite:
+        raise DataError(f"{dst / existing[0]}: exists already; choose another place or use --overwrite")
+    if dst.exists() and not dst.is_dir():
+        raise DataError(f"{dst}: not a directory; choose another place")
+    before = read_manifest(dst) or Manifest()
+    for name, file in zip(splits, files, strict=True):
+        other = before.splits[name].file if name in before.splits else file
+        if other != file and (dst / other).exists() and not overwrite:
+            raise DataError(f"{dst}: its {name} is {other} already; choose another place or use --overwrite")
+    return Manifest({name: r for name, r in before.splits.items() if name not in splits and (dst / r.file).exists()})
+
+
+def _output_error(dst: Path, error: OSError) -> Exception:
+    reason = (error.strerror or str(error)).lower()
+    if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        return DataError(f"{error.filename or dst}: cannot be written: {reason}")
+    place = next(path for path in (dst.absolute(), *dst.absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free / 1e9
+    return DiskFull(f"{dst}: no space for the output ({reason}; {free:,.1f} GB free there); nothing was kept")
+
+
+# --- one split -------------------------------------------------------------------------------------------------------
+
+
+def _write_split(
+    file: BinaryIO,
+    images: ImageSet,
+    split: str,
+    classes: tuple[str, ...],
+    options: Options,
+    workers: int,
+    console: Console,
+) -> list[Skipped]:
+    """Writes the file and checks what was written. Returns the images that were left out."""
+    total = len(images.labels)
+    for line in (f"{split}: {total:,} images, {len(classes):,} classes", *images.notes):
+        console.print(_printable(line), markup=False, highlight=False, soft_wrap=True)
+    skipped: list[Skipped] = []
+    with closing(_readable_samples(images, split, options, workers, console, skipped)) as samples:
+        if options.to == "ffcv":
+            write_beton_to(file, samples, total)
+        else:
+            write_tensors_to(file, samples, total, classes)
+    file.flush()
+    check: Callable[[Path], object] = open_beton if options.to == "ffcv" else read_tensor_file
+    check(Path(file.name))
+    return skipped
+
+
+def _readable_samples(
+    images: ImageSet, split: str, options: Options, workers: int, console: Console, skipped: list[Skipped]
+) -> Generator[EncodedSample, None, None]:
+    """All samples in order, behind a progress bar. Bad images are appended to `skipped`; too many raise DataError."""
+    total = len(images.labels)
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[rate]}", TimeRemainingColumn())
+    chunks = [range(i, min(i + images.chunk, total)) for i in range(0, total, images.chunk)]
+    begin, done = time.monotonic(), 0
+    with (
+        Progress(*columns, "{task.fields[skipped]} skipped", console=console) as progress,
+        closing(_in_order(partial(_encode_chunk, images, options), chunks, workers)) as results,
+    ):
+        task = progress.add_task(split, total=total, rate="", skipped=0)
+        for chunk in results:
+            for result in chunk:
+                if isinstance(result, EncodedSample):
+                    yield result
+                else:
+                    _skip(result, skipped, total, split, options.max_skipped, progress.console)
+            done += len(chunk)
+            rate = f"{done / (time.monotonic() - begin + 1e-9):,.0f} images/s"
+            progress.update(task, completed=done, rate=rate, skipped=len(skipped))
+    if len(skipped) == total:
+        raise DataError(f"{split}: none of the {total:,} images can be read: {_name_some(skipped)}")
+
+
+def _skip(bad: Skipped, skipped: list[Skipped], total: int, split: str, share: float, console: Console) -> None:
+    skipped.append(bad)
+    if len(skipped) <= NAMED:
+        console.print(f"skipped {bad.name}: {bad.reason}", markup=False, highlight=False, soft_wrap=True)
+    if len(skipped) == NAMED + 1:
+        console.print(f"further skipped images are listed in {NAME}")
+    if len(skipped) > share * total and share < 1:
+        raise DataError(
+            f"{split}: {len(skipped):,} or more of {total:,} images cannot be read, {share:.2%} may be left out: "
+            f"{_name_some(skipped)}; repair or remove them, or raise --max-skipped"
+        )
+
+
+def _name_some(skipped: list[Skipped]) -> str:
+    return ", ".join(f"{one.name} ({one.reason})" for one in skipped[:3]) + ", ..." * (len(skipped) > 3)
+
+
+# --- images in threads -----------------------------------------------------------------------------------------------
+
+
+def _in_order(
+    work: Callable[[range], list[EncodedSample | Skipped]], chunks: Iterable[range], workers: int
+) -> Generator[list[EncodedSample | Skipped], None, None]:
+    """map() in threads (Pillow decodes without Python's lock), with a bounded number of chunks under way."""
+    workers = workers or len(os.sched_getaffinity(0))
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="convert")
+    try:
+        ahead: deque[Future[list[EncodedSample | Skipped]]] = deque()
+        for chunk in chunks:
+            ahead.append(pool.submit(work, chunk))
+            if len(ahead) > 2 * workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _encode_chunk(images: ImageSet, options: Options, chunk: range) -> list[EncodedSample | Skipped]:
+    return [_encode(images, options, i) for i in chunk]
+
+
+def _encode(images: ImageSet, options: Options, i: int) -> EncodedSample | Skipped:
+    try:
+        image = images.read(i)
+        original = image.shape[:2]
+        image = fit_max_side(image, options.max_side)
+        height, width = image.shape[:2]
+        if max(height, width) > MAX_SIDE:
+            raise BadImage(f"{width} x {height}: a side over {MAX_SIDE} pixels; --max-side would shrink it")
+    except BadImage as error:
+        return Skipped(i, _printable(images.name(i)), str(error))
+    raw = options.to == "tensor" or options.mode == "raw" or (options.mode == "auto" and height * width <= RAW_PIXELS)
+    data = image.tobytes() if raw else _to_jpeg(image, options.quality)
+    label = int(images.labels[i])
+    return EncodedSample(data, RAW if raw else JPG, (height, width), (original[0], original[1]), label, index=i)
+
+
+def _to_jpeg(image: np.ndarray, quality: int) -> bytes:
+    """Baseline JPEG with halved chroma (4:2:0)."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", quality=quality, subsampling="4:2:0")
+    return file.getvalue()
+
+
+def _printable(text: str) -> str:
+    """File names are bytes: those that are not UTF-8 cannot be printed or stored as text."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

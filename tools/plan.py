@@ -1,0 +1,105 @@
+"""What a run would be, without running it: the resolved config, the model, the steps, the memory, the places."""
+
+from dataclasses import dataclass
+
+import torch
+import yaml
+from rich.console import Console
+from rich.syntax import Syntax
+from rich.table import Table
+from torch import Tensor, nn
+
+from ressl.batch import Batch
+from ressl.collectives import alone
+from ressl.config import Config, LocalBatchNorm
+from ressl.method import build_method
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    images: int
+    world_size: int
+    steps_per_epoch: int
+    steps: int
+    left_out: int  # images of each epoch
+    backbone: int  # parameters
+    projector: int  # parameters
+    state_bytes: int  # weights, gradients, momentum and queue of one rank
+    activation_bytes: int  # of one rank and micro-batch, kept for the backward pass
+    logits_bytes: int  # of the similarities to the queue, likewise
+
+
+def make_plan(cfg: Config, *, images: int, world_size: int) -> Plan:
+    """Builds the method without memory (meta device) and follows one micro-batch through it."""
+    per_rank = cfg.optim.batch_size // world_size // cfg.optim.accumulate
+    with torch.device("meta"):
+        encoder = cfg.encoder.model_copy(update={"batchnorm": LocalBatchNorm()})
+        method = build_method(cfg.method, encoder, alone())
+        views = [torch.empty(per_rank, 3, v.size, v.size) for v in (cfg.views.weak, *cfg.views.strong)]
+        index = torch.empty(per_rank, dtype=torch.int64)
+        kept = _activations(method.student, Batch(weak=(views[0],), strong=tuple(views[1:]), index=index, label=index))
+    half = 1 if cfg.run.precision == "fp32" else 2
+    parameters = count_parameters(method.student)
+    rows = per_rank * len(cfg.views.strong)
+    return Plan(
+        images=images,
+        world_size=world_size,
+        steps_per_epoch=images // cfg.optim.batch_size,
+        steps=images // cfg.optim.batch_size * cfg.optim.epochs,
+        left_out=images % cfg.optim.batch_size,
+        backbone=count_parameters(method.student.get_submodule("backbone")),
+        projector=count_parameters(method.student.get_submodule("projector")),
+        # student, its gradient, its momentum and the teacher, all float32; the queue
+        state_bytes=4 * (4 * parameters + method.queue.keys.numel()),
+        activation_bytes=4 // half * kept,
+        logits_bytes=4 * 3 * rows * cfg.method.queue_size,
+    )
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _activations(student: nn.Module, batch: Batch) -> int:
+    """Values that the layers of the student hand on for all its views: about what the backward pass keeps."""
+    kept = 0
+
+    def count(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        nonlocal kept
+        kept += output.numel()
+
+    leaves = [m for m in student.modules() if not list(m.children()) and not getattr(m, "inplace", False)]
+    hooks = [leaf.register_forward_hook(count) for leaf in leaves]
+    for view in batch.strong:
+        student(view)
+    for hook in hooks:
+        hook.remove()
+    return kept
+
+
+def print_plan(plan: Plan, cfg: Config, console: Console) -> None:
+    text = yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False, width=100)
+    console.print(Syntax(text, "yaml", background_color="default"))
+    optim = cfg.optim
+    per_rank = optim.batch_size // plan.world_size // optim.accumulate
+    accumulated = f" x {optim.accumulate} micro-batches" if optim.accumulate > 1 else ""
+    total = plan.state_bytes + plan.activation_bytes + plan.logits_bytes
+    rows = {
+        "images": f"{plan.images:,} in {cfg.data.source.train}",
+        "model": f"backbone {plan.backbone:,} + projector {plan.projector:,} parameters, and a teacher as large",
+        "batch": f"{optim.batch_size:,} = {plan.world_size} processes{accumulated} x {per_rank} images",
+        "steps": f"{plan.steps:,} = {optim.epochs} epochs x {plan.steps_per_epoch:,}; {plan.left_out:,} images left "
+        "out of each epoch, others every time",
+        "learning rate": f"0 to {optim.peak_lr:g} in {optim.warmup_epochs:g} epochs, then to 0 on a cosine",
+        "memory": f"about {_size(total)} a process: weights, optimizer and queue {_size(plan.state_bytes)}, "
+        f"activations {_size(plan.activation_bytes)}, similarities {_size(plan.logits_bytes)}; images and libraries extra",
+        "output": f"{cfg.run.out_dir}/ (config.yaml, metrics.jsonl, checkpoint.pt)",
+    }
+    table = Table(title="the run", show_header=False, title_justify="left")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

@@ -1,0 +1,117 @@
+"""The first run: real images, one FFCV file, a picture of the views, a small ResNet trained and evaluated in minutes."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Protocol
+
+from rich.console import Console
+from rich.table import Table
+
+from ressl.batch import DataError
+from ressl.config import Config
+from ressl.config_file import load_config
+from ressl.run_dir import config_path
+from tools.convert import convert
+
+CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of the Debian package dataset-fashion-mnist
+
+
+class Evaluate(Protocol):
+    def __call__(self, cfg: Config, console: Console, *, untrained: bool) -> dict[str, float]: ...
+
+
+def quickstart(
+    out: Path,
+    images: Path | None,
+    epochs: int,
+    console: Console,
+    *,
+    train: Callable[[Config, Console], float],
+    evaluate: Evaluate,
+    views: Callable[[Config, Path], None],
+) -> None:
+    """Leaves `out` with data/, views.png, config.yaml, metrics.jsonl, checkpoint.pt and summary.json.
+
+    A directory that an earlier quickstart made is replaced; any other one that is not empty is refused.
+    """
+    started = time.perf_counter()
+    _clear(out)
+    console.rule("1/4  images")
+    source = str(images or (FASHION_MNIST if FASHION_MNIST.is_dir() else "torchvision:FashionMNIST"))
+    ffcv = find_spec("ffcv") is not None
+    if not ffcv:
+        console.print(
+            "FFCV is not installed (`launch.py doctor` says how): the images go to memory as one tensor instead"
+        )
+    name, suffix = ("ffcv", "beton") if ffcv else ("resident", "safetensors")
+    manifest = convert(source, out / "data", "ffcv" if ffcv else "tensor", console=console)
+    overrides = [f"run.out_dir={json.dumps(str(out))}"] + ([f"optim.epochs={epochs}"] if epochs else [])
+    files = {split: json.dumps(str(out / "data" / f"{split}.{suffix}")) for split in ("train", "val")}
+    overrides.append(f"data.source={{name: {name}, train: {files['train']}, val: {files['val']}}}")
+    cfg = load_config(CONFIG, overrides)
+    missing = sorted({"train", "val"} - manifest.splits.keys())
+    if missing:
+        raise DataError(f"{source}: has no images for {missing[0]}; a quickstart needs train/ and val/ (or test/)")
+
+    console.rule("2/4  views: what teacher and student see")
+    views(cfg, out / "views.png")
+    console.print(f"wrote {out / 'views.png'}")
+
+    console.rule("3/4  the encoder before training")
+    before = evaluate(cfg, console, untrained=True)
+    console.print(_percent(before))
+
+    console.rule("4/4  pretraining without labels, then the encoder again")
+    images_per_s = train(cfg, console)
+    after = evaluate(cfg, console, untrained=False)
+    console.print(_percent(after))
+
+    summary = {
+        "images": manifest.splits["train"].count,
+        "epochs": cfg.optim.epochs,
+        "images_per_s": round(images_per_s, 1),
+        "knn_before": round(before["knn"], 4),
+        "knn_after": round(after["knn"], 4),
+        "linear_before": round(before["linear"], 4),
+        "linear_after": round(after["linear"], 4),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    part = out / "summary.json.part"
+    part.write_text(json.dumps(summary, indent=1) + "\n")
+    part.replace(out / "summary.json")
+    console.print(_table(summary, name, out))
+
+
+def _clear(out: Path) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise DataError(f"{out} is a file: choose another --out")
+    left_by_quickstart = (out / "data" / "manifest.json").exists() or config_path(out).exists()
+    if any(out.iterdir()) and not left_by_quickstart:
+        raise DataError(f"{out} is not empty and was not made by a quickstart: choose another --out")
+    shutil.rmtree(out)
+
+
+def _percent(found: dict[str, float]) -> str:
+    return f"kNN {100 * found['knn']:.2f} %   linear {100 * found['linear']:.2f} %"
+
+
+def _table(summary: dict[str, float], source: str, out: Path) -> Table:
+    table = Table(title=f"quickstart: {out / 'summary.json'}", title_justify="left")
+    for column in ("", "before", "after", "gain"):
+        table.add_column(column, justify="right" if column else "left")
+    for key, title in (("knn", "kNN top-1"), ("linear", "linear top-1")):
+        before, after = 100 * summary[f"{key}_before"], 100 * summary[f"{key}_after"]
+        table.add_row(title, f"{before:.2f} %", f"{after:.2f} %", f"{after - before:+.2f} points")
+    table.add_section()
+    table.add_row("images", "", f"{summary['images']:,}", f"through {source}")
+    table.add_row("epochs", "", str(summary["epochs"]), "")
+    table.add_row("training", "", f"{summary['images_per_s']:,.0f}", "images/s")
+    table.add_row("all together", "", f"{summary['seconds']:,.0f}", "seconds")
+    return table
