@@ -40,7 +40,10 @@ from tools.preview import save_views
 from tools.processes import ProcessesFailed, first_to_fail, run_processes
 from tools.quickstart import quickstart as run_quickstart
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+HELP = """Relational self-supervised learning: prepare images, pretrain an encoder, evaluate it.
+
+Every verb explains itself: python launch.py VERB --help. Start with: python launch.py quickstart"""
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=HELP)
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="values in place of the config's")
@@ -154,8 +157,8 @@ def quickstart(
 ) -> None:
     """Trains ReSSL on real images in a few minutes, and shows what it learned.
 
-    Takes Fashion-MNIST (70,000 images; the Debian package, or a download), writes it as an FFCV file, draws a picture of
-    weak and strong views, pretrains a small ResNet, and evaluates it before and after.
+    Takes Fashion-MNIST (70,000 images; the Debian package, or a download), writes it as an FFCV file, draws a picture
+    of weak and strong views, pretrains a small ResNet, and evaluates it before and after.
     """
     run_quickstart(out, images, epochs, Console(), train=run, evaluate=_evaluate_for_quickstart, views=_save_views)
 

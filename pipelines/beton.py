@@ -207,8 +207,7 @@ def _check_identity(path: Path, samples: np.ndarray, size: np.ndarray) -> tuple[
     if samples.dtype.names == STOCK_FIELDS:
         return np.arange(len(samples), dtype=np.int64), size.copy()
     original = np.stack([samples["height"], samples["width"]], axis=1)
-    impossible: np.ndarray = ((original < size) | (original > MAX_INT)).any(axis=1)
-    _refuse(path, impossible, "impossible original height or width")
+    _refuse(path, ((original < size) | (original > MAX_INT)).max(axis=1), "impossible original height or width")
     index = samples["index"].astype(np.int64)
     _refuse(path, index < 0, "negative index")
     order = np.argsort(index, kind="stable")

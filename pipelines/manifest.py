@@ -36,7 +36,7 @@ def read_manifest(directory: Path) -> Manifest | None:
         if raw["format"] != FORMAT:
             raise DataError(f"{path}: format {raw['format']!r}, expected {FORMAT!r}; convert into another directory")
         return Manifest({name: _record(record) for name, record in raw["splits"].items()})
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None

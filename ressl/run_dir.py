@@ -68,7 +68,7 @@ def make_run_dir(cfg: Config) -> None:
 
 
 def keep_metrics_until(out_dir: Path, step: int) -> None:
-    """Drops the records of steps after `step`, which a run that goes on from there writes again, and a torn last line."""
+    """Drops a torn last line and the records of steps after `step`: a run that goes on from there writes them again."""
     path = metrics_path(out_dir)
     if not path.exists():
         return

@@ -92,7 +92,8 @@ def print_plan(plan: Plan, cfg: Config, console: Console) -> None:
         "out of each epoch, others every time",
         "learning rate": f"0 to {optim.peak_lr:g} in {optim.warmup_epochs:g} epochs, then to 0 on a cosine",
         "memory": f"about {_size(total)} a process: weights, optimizer and queue {_size(plan.state_bytes)}, "
-        f"activations {_size(plan.activation_bytes)}, similarities {_size(plan.logits_bytes)}; images and libraries extra",
+        f"activations {_size(plan.activation_bytes)}, "
+        f"similarities {_size(plan.logits_bytes)}; images and libraries extra",
         "output": f"{cfg.run.out_dir}/ (config.yaml, metrics.jsonl, checkpoint.pt)",
     }
     table = Table(title="the run", show_header=False, title_justify="left")

@@ -1,4 +1,4 @@
-"""The first run: real images, one FFCV file, a picture of the views, a small ResNet trained and evaluated in minutes."""
+"""The first run: real images, an FFCV file, a picture of the views, a small ResNet trained and evaluated."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from rich.table import Table
 from ressl.batch import DataError
 from ressl.config import Config
 from ressl.config_file import load_config
-from ressl.run_dir import config_path
+from ressl.run_dir import config_path, make_run_dir
 from tools.convert import convert
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
@@ -49,11 +49,15 @@ def quickstart(
             "FFCV is not installed (`launch.py doctor` says how): the images go to memory as one tensor instead"
         )
     name, suffix = ("ffcv", "beton") if ffcv else ("resident", "safetensors")
-    manifest = convert(source, out / "data", "ffcv" if ffcv else "tensor", console=console)
-    overrides = [f"run.out_dir={json.dumps(str(out))}"] + ([f"optim.epochs={epochs}"] if epochs else [])
     files = {split: json.dumps(str(out / "data" / f"{split}.{suffix}")) for split in ("train", "val")}
-    overrides.append(f"data.source={{name: {name}, train: {files['train']}, val: {files['val']}}}")
+    overrides = [
+        f"run.out_dir={json.dumps(str(out))}",
+        f"data.source={{name: {name}, train: {files['train']}, val: {files['val']}}}",
+        *([f"optim.epochs={epochs}"] if epochs else []),
+    ]
     cfg = load_config(CONFIG, overrides)
+    make_run_dir(cfg)
+    manifest = convert(source, out / "data", "ffcv" if ffcv else "tensor", console=console)
     missing = sorted({"train", "val"} - manifest.splits.keys())
     if missing:
         raise DataError(f"{source}: has no images for {missing[0]}; a quickstart needs train/ and val/ (or test/)")
@@ -92,8 +96,7 @@ def _clear(out: Path) -> None:
         return
     if not out.is_dir():
         raise DataError(f"{out} is a file: choose another --out")
-    left_by_quickstart = (out / "data" / "manifest.json").exists() or config_path(out).exists()
-    if any(out.iterdir()) and not left_by_quickstart:
+    if any(out.iterdir()) and not config_path(out).exists():
         raise DataError(f"{out} is not empty and was not made by a quickstart: choose another --out")
     shutil.rmtree(out)
 

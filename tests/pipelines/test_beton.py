@@ -2,6 +2,7 @@ import os
 
 import numpy as np
 import pytest
+import torch
 
 from pipelines.beton import FIELD, FIELDS, HEADER, JPG, RAW, STOCK_FIELDS, field_descriptors, metadata_dtype, open_beton
 from ressl.batch import DataError
@@ -56,11 +57,15 @@ def change_table(path, row, field, value):
 
 
 def test_the_layout_is_that_of_ffcv():
+    threads = torch.get_num_threads()
     types = pytest.importorskip("ffcv.types")
+    torch.set_num_threads(threads)  # importing ffcv sets it to 1
     from ffcv.fields import IntField, RGBImageField
 
     assert types.HeaderType.itemsize == HEADER.itemsize
-    assert [types.HeaderType.fields[name][1] for name in HEADER.names] == [HEADER.fields[name][1] for name in HEADER.names]
+    assert [types.HeaderType.fields[name][1] for name in HEADER.names] == [
+        HEADER.fields[name][1] for name in HEADER.names
+    ]
     assert types.FieldDescType.itemsize == FIELD.itemsize
     for fields in (FIELDS, STOCK_FIELDS):
         theirs = types.get_metadata_type([RGBImageField(), *(IntField() for _ in fields[1:])])
@@ -98,7 +103,15 @@ def test_a_file_cut_anywhere_is_refused(path, tmp_path):
     whole = path.read_bytes()
     cut = tmp_path / "cut.beton"
     header = header_of(path)
-    edges = {0, 1, HEADER.itemsize, METADATA, METADATA + ROW.itemsize * COUNT, int(header["alloc_table_ptr"]), len(whole)}
+    edges = {
+        0,
+        1,
+        HEADER.itemsize,
+        METADATA,
+        METADATA + ROW.itemsize * COUNT,
+        int(header["alloc_table_ptr"]),
+        len(whole),
+    }
     lengths = {edge + step for edge in edges for step in (-25, -24, -1, 0, 1, 24)} | {10, 2000, 1 << 20, 9 << 20}
     for length in sorted(length for length in lengths if 0 <= length < len(whole)):
         cut.write_bytes(whole)
@@ -114,7 +127,8 @@ def test_a_file_cut_anywhere_is_refused(path, tmp_path):
     ("key", "value", "message"),
     [
         ("version", 3, "version 3, expected 2"),
-        ("num_fields", 2, "fields 'image .* expected image, label, index, height, width or image, label"),
+        ("num_fields", 2, "pointer and allocation table differ"),
+        ("num_fields", 3, "fields 'image .* expected image, label, index, height, width or image, label"),
         ("num_fields", 900, "truncated|fields"),
         ("num_fields", 0, "header is damaged"),
         ("page_size", 1000, "header is damaged"),
@@ -200,7 +214,11 @@ def test_data_across_the_end_of_a_page_is_refused(tmp_path):
 def test_flipped_bits_in_the_tables_never_crash(path):
     whole = bytearray(path.read_bytes())
     start = int(header_of(path)["alloc_table_ptr"])
-    places = [*range(HEADER.itemsize), *range(HEADER.itemsize, METADATA, 83), *range(METADATA, METADATA + COUNT * ROW.itemsize, 3)]
+    places = [
+        *range(HEADER.itemsize),
+        *range(HEADER.itemsize, METADATA, 83),
+        *range(METADATA, METADATA + COUNT * ROW.itemsize, 3),
+    ]
     places += range(start, len(whole), 2)
     refused = 0
     for i, place in enumerate(places):
@@ -230,7 +248,7 @@ def test_what_is_no_beton_file_is_refused_in_one_line(tmp_path):
             open_beton(tmp_path / name)
 
 
-def test_a_million_samples_are_checked_within_seconds(tmp_path):
+def test_the_tables_of_many_samples_are_checked_quickly(tmp_path):
     count = 200_000
     sample = EncodedSample(bytes(48), RAW, (4, 4), (4, 4), 0, 0)
     samples = (EncodedSample(sample.data, RAW, (4, 4), (4, 4), 0, i) for i in range(count))

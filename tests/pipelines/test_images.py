@@ -92,6 +92,7 @@ def test_a_header_that_promises_too_many_pixels_is_refused_without_decoding_or_w
             decode_image(bytes(data))
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow warns about odd TIFF tags
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
@@ -183,7 +184,9 @@ def test_classes_are_the_first_level_and_files_below_are_taken_in_order(tmp_path
 
 
 def test_other_files_are_ignored_and_counted(tmp_path):
-    folder = scan_folder(fill(tmp_path, ["a/1.jpg", "a/._1.jpg", "a/x.gif", "a/y.GIF", "a/none", "top.jpg", ".git/x.jpg"]))
+    folder = scan_folder(
+        fill(tmp_path, ["a/1.jpg", "a/._1.jpg", "a/x.gif", "a/y.GIF", "a/none", "top.jpg", ".git/x.jpg"])
+    )
     assert folder.paths == ("a/1.jpg",)
     assert folder.ignored == {"(hidden)": 1, ".gif": 2, "(no suffix)": 1, "(outside the class directories)": 1}
     assert describe_ignored(folder.ignored) == (

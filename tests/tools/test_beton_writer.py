@@ -144,7 +144,7 @@ def test_ffcv_reads_raw_and_jpeg_images_as_they_were_written(tmp_path):
             drop_last=False,
             pipelines={"image": [SimpleRGBImageDecoder()], **scalars},
         )
-        batches = [[column.numpy().copy() for column in batch] for batch in loader]
+        batches = [[torch.as_tensor(column).numpy().copy() for column in batch] for batch in loader]
         pixels, label, index, height, _ = (np.concatenate(column) for column in zip(*batches, strict=True))
         assert label[:, 0].tolist() == list(range(-1, 5))
         assert index[:, 0].tolist() == list(range(10, 16))
