@@ -122,7 +122,8 @@ def fit_max_side(image: np.ndarray, max_side: int | None) -> np.ndarray:
     if max_side is None or longer <= max_side:
         return image
     size = (max(1, round(width * max_side / longer)), max(1, round(height * max_side / longer)))
-    return np.array(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0))
+    # HAMMING shrinks about as sharply as BICUBIC, at half the cost
+    return np.array(Image.fromarray(image).resize(size, Image.Resampling.HAMMING))
 
 
 # --- a folder of images ----------------------------------------------------------------------------------------------

@@ -168,6 +168,8 @@ def _where(due: Tensor, op: Callable[..., Tensor], images: Tensor, *parameters: 
     """`op(images, *parameters)` for the images that are `due` (B,) bool, the others as they are."""
     if images.is_cpu:  # here it costs nothing to ask which images are due, and much to change all of them
         rows = due.nonzero().squeeze(1)
+        if len(rows) == 0:
+            return images
         return images.index_copy(0, rows, op(images[rows], *(p[rows] for p in parameters)))
     return torch.where(_per_image(due), op(images, *parameters), images)
 

@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+LINE_EVERY_S = 30  # where there is no live bar, as in a log file, no silence is longer than this and one record
+
 
 class NonFiniteLoss(RuntimeError):
     """The loss became NaN or infinite. The message names the step."""
@@ -60,7 +62,7 @@ class Recorder:
             "", total=epochs * steps_per_epoch, completed=start_step, epoch=0, epochs=epochs, rate=0.0, loss=math.nan
         )
         self.last_step, self.since = start_step, time.perf_counter()
-        self.trained_s, self.trained_images = 0.0, 0
+        self.trained_s, self.trained_images, self.last_line = 0.0, 0, self.since
 
     def __enter__(self) -> Self:
         self.progress.start()
@@ -89,8 +91,9 @@ class Recorder:
         epoch = (step - 1) // self.steps_per_epoch + 1
         self.progress.update(self.task, completed=step, epoch=epoch, rate=values["images_per_s"], loss=values["loss"])
         self.write(step, values)
-        if end_of_epoch:
-            self._epoch_line(epoch, step, values)
+        silent = time.perf_counter() - self.last_line > LINE_EVERY_S and not self.console.is_terminal
+        if end_of_epoch or silent:
+            self._line(epoch, step, values)
         self.last_step, self.since = step, time.perf_counter()
 
     def write(self, step: int, values: Mapping[str, float | str]) -> None:
@@ -124,15 +127,18 @@ class Recorder:
         """Of all recorded steps."""
         return self.trained_images / self.trained_s if self.trained_s else math.nan
 
-    def _epoch_line(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
-        if self.active:
-            left = self.trained_s / max(1, self.trained_images) * self.images
-            left *= self.epochs * self.steps_per_epoch - step
-            self.console.print(
-                f"epoch {epoch:>4}/{self.epochs}  step {step:>7,}  loss {values['loss']:.4f}  "
-                f"agreement {values['agreement']:.3f}  {self.images_per_s:,.0f} images/s  {_duration(left)} left",
-                highlight=False,
-            )
+    def _line(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
+        self.last_line = time.perf_counter()
+        if not self.active:
+            return
+        total = self.epochs * self.steps_per_epoch
+        left = (total - step) * self.images / self.images_per_s
+        self.console.print(
+            f"epoch {epoch}/{self.epochs}  step {step:,}/{total:,}  loss {values['loss']:.4f}  "
+            f"agreement {values['agreement']:.3f}  {self.images_per_s:,.0f} images/s  {_duration(left)} left",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _duration(seconds: float) -> str:
