@@ -6,6 +6,7 @@
 This is the only file that knows pipelines/, ressl/ and tools/ alike. `python launch.py VERB --help` explains each verb.
 """
 
+import errno
 import json
 import os
 import sys
@@ -26,7 +27,7 @@ from ressl.config import Config
 from ressl.config_file import ConfigError, load_config
 from ressl.evals.features import NonFiniteFeatures
 from ressl.evals.protocol import evaluate as evaluate_backbone
-from ressl.method import AnyMethod, build_method
+from ressl.method import build_method
 from ressl.optim import build_optimizer
 from ressl.recorder import NonFiniteLoss, Recorder
 from ressl.run_dir import RunDirError, check_run_dir, checkpoint_path, config_path, keep_metrics_until, make_run_dir
@@ -43,10 +44,17 @@ from tools.quickstart import quickstart as run_quickstart
 HELP = """Relational self-supervised learning: prepare images, pretrain an encoder, evaluate it.
 
 Every verb explains itself: python launch.py VERB --help. Start with: python launch.py quickstart"""
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=HELP)
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help=HELP,
+    rich_markup_mode="markdown",
+)
 
+STOPPED = 130  # exit code after Ctrl-C
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="values in place of the config's")
+    list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="values in place of the config's")
 ]
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file such as those in configs/")]
 
@@ -71,9 +79,13 @@ def run(cfg: Config, console: Console) -> float:
     if runtime.is_main:
         make_run_dir(cfg)
     runtime.wait_for_everyone()
-    start_step = restore(cfg, method, optimizer, console if runtime.is_main else Console(quiet=True))
+    start_step = 0
+    if checkpoint_path(cfg.run.out_dir).exists():
+        start_step = checkpoint.restore(checkpoint_path(cfg.run.out_dir), method=method, optimizer=optimizer)
     if runtime.is_main:
         keep_metrics_until(cfg.run.out_dir, start_step)
+        if start_step:
+            console.print(f"going on from {checkpoint_path(cfg.run.out_dir)}, after step {start_step:,}")
     recorder = Recorder(
         cfg.run.out_dir,
         console,
@@ -110,18 +122,6 @@ def run(cfg: Config, console: Console) -> float:
     return recorder.images_per_s
 
 
-def restore(cfg: Config, method: AnyMethod, optimizer: torch.optim.Optimizer, console: Console) -> int:
-    """Fills method and optimizer from the run's checkpoint, if it has one, and returns the steps taken so far."""
-    path = checkpoint_path(cfg.run.out_dir)
-    if not path.exists():
-        return 0
-    saved = checkpoint.load(path)
-    method.load_state_dict(saved.method)
-    optimizer.load_state_dict(dict(saved.optimizer))
-    console.print(f"going on from {path}, after step {saved.step:,}")
-    return saved.step
-
-
 def evaluate_run(
     cfg: Config, console: Console, *, network: Literal["student", "teacher"], knn: bool, linear: bool, untrained: bool
 ) -> dict[str, float]:
@@ -131,7 +131,7 @@ def evaluate_run(
     loaders = build_loaders(cfg, device=runtime.device, report=lambda message: console.print(f"warning: {message}"))
     method = build_method(cfg.method, cfg.encoder, runtime.collectives).to(runtime.device)
     if not untrained:
-        method.load_state_dict(checkpoint.load(checkpoint_path(cfg.run.out_dir)).method)
+        checkpoint.restore(checkpoint_path(cfg.run.out_dir), method=method)
     encoder = method.student if network == "student" else method.teacher
     with console.status("") as status:
         return evaluate_backbone(
@@ -291,18 +291,23 @@ def _evaluate_for_quickstart(cfg: Config, console: Console, *, untrained: bool) 
 def main() -> int:
     """Runs the verb that was asked for. A person's mistake ends in one message and a code, never in a traceback."""
     try:
-        app()
-        return 0
+        return int(app() or 0)
     except ProcessesFailed as failed:  # the process that failed has said why
         return failed.exit_code
     except (ConfigError, DataError, RunDirError) as error:
         return _fail(error, 2)
     except checkpoint.CheckpointError as error:
         return _fail(error, 3)
-    except (MachineError, DiskFull) as error:
+    except (MachineError, DiskFull, checkpoint.SaveError) as error:
         return _fail(error, 4)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        return _fail(f"{error.filename or 'a file'}: {error.strerror}", 4)
     except (NonFiniteLoss, NonFiniteFeatures) as error:
         return _fail(error, 5)
+    except SystemExit as stop:  # typer has said what there is to say, except after Ctrl-C
+        return _fail("stopped", STOPPED) if stop.code == STOPPED else int(stop.code or 0)
 
 
 def _fail(error: object, code: int) -> int:

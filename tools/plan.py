@@ -9,6 +9,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 from torch import Tensor, nn
 
+from pipelines.sampler import Sampler
 from ressl.batch import Batch
 from ressl.collectives import alone
 from ressl.config import Config, LocalBatchNorm
@@ -30,8 +31,13 @@ class Plan:
 
 
 def make_plan(cfg: Config, *, images: int, world_size: int) -> Plan:
-    """Builds the method without memory (meta device) and follows one micro-batch through it."""
-    per_rank = cfg.optim.batch_size // world_size // cfg.optim.accumulate
+    """Builds the method without memory (meta device) and follows one micro-batch through it.
+
+    Raises DataError where the images or the processes do not fit the batch.
+    """
+    optim = cfg.optim
+    sampler = Sampler(images, optim.batch_size, cfg.run.seed, world_size=world_size, accumulate=optim.accumulate)
+    per_rank = optim.batch_size // world_size // optim.accumulate
     with torch.device("meta"):
         encoder = cfg.encoder.model_copy(update={"batchnorm": LocalBatchNorm()})
         method = build_method(cfg.method, encoder, alone())
@@ -44,9 +50,9 @@ def make_plan(cfg: Config, *, images: int, world_size: int) -> Plan:
     return Plan(
         images=images,
         world_size=world_size,
-        steps_per_epoch=images // cfg.optim.batch_size,
-        steps=images // cfg.optim.batch_size * cfg.optim.epochs,
-        left_out=images % cfg.optim.batch_size,
+        steps_per_epoch=sampler.steps_per_epoch,
+        steps=sampler.steps_per_epoch * optim.epochs,
+        left_out=images - sampler.steps_per_epoch * optim.batch_size,
         backbone=count_parameters(method.student.get_submodule("backbone")),
         projector=count_parameters(method.student.get_submodule("projector")),
         # student, its gradient, its momentum and the teacher, all float32; the queue

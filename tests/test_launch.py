@@ -1,0 +1,255 @@
+"""The verbs as a person types them, and what they answer to a person's mistakes."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+import launch
+
+REPO = Path(__file__).resolve().parents[1]
+Launch = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def ressl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Launch:
+    """Runs `launch.py ARGUMENTS` in this process, from tmp_path; returns the exit code, stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["launch.py", *map(str, arguments)])
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("COLUMNS", "200")
+        capsys.readouterr()
+        code = launch.main()
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def records(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [record["loss"] for record in records(run_dir) if "loss" in record]
+
+
+# --- what works ------------------------------------------------------------------------------------------------------
+
+
+def test_pretrain_then_evaluate(ressl: Launch, tiny_config: Path, tmp_path: Path) -> None:
+    code, out, err = ressl("pretrain", tiny_config, "run.knn_every=1", "run.tensorboard=true")
+    assert (code, err) == (0, "") and "epoch 2/2" in out and "after epoch 2: knn" in out
+    assert len(losses(tmp_path / "run")) == 8 and records(tmp_path / "run")[-1]["knn"] > 0.9  # four flat colours
+    assert list((tmp_path / "run" / "tensorboard").rglob("events.*"))
+
+    code, out, err = ressl("evaluate", tmp_path / "run", "--network", "teacher")
+    assert (code, err) == (0, "") and "knn" in out and "linear, best epoch" in out
+    found = json.loads((tmp_path / "run" / "evaluations.jsonl").read_text())
+    assert found["network"] == "teacher" and found["knn"] > 0.9 and found["evaluate"]["knn"]["k"] == 5
+
+
+def test_the_same_seed_gives_equal_bits_and_another_does_not(ressl: Launch, tiny_config: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert ressl("pretrain", tiny_config, f"run.out_dir={tmp_path / name}", f"run.seed={seed}")[0] == 0
+    a, b, c = (losses(tmp_path / name) for name in "abc")
+    assert len(a) == 8 and a == b
+    assert all(x != y for x, y in zip(a, c, strict=True))
+
+
+def test_a_run_goes_on_after_its_last_whole_epoch(ressl: Launch, tiny_config: Path, tmp_path: Path) -> None:
+    assert ressl("pretrain", tiny_config, f"run.out_dir={tmp_path / 'straight'}")[0] == 0
+    state = (tmp_path / "straight" / "checkpoint.pt").read_bytes()
+    broken = [tiny_config, f"run.out_dir={tmp_path / 'broken'}"]
+
+    code, _, err = stopped_after(1, ressl, *broken)
+    assert code == 130 and "ressl: error: stopped" in err
+    code, out, _ = ressl("pretrain", *broken)
+    assert code == 0 and "going on from" in out and "after step 4" in out
+    assert losses(tmp_path / "broken") == losses(tmp_path / "straight")
+    assert (tmp_path / "broken" / "checkpoint.pt").read_bytes() == state
+
+
+def stopped_after(epochs: int, ressl: Launch, *arguments: object) -> tuple[int, str, str]:
+    """As if Ctrl-C came after the checkpoint of that epoch."""
+    save = launch.checkpoint.save
+
+    def save_and_stop(path: Path, *, step: int, **state: object) -> None:
+        save(path, step=step, **state)
+        if step == 4 * epochs:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch.checkpoint, "save", save_and_stop)
+        return ressl("pretrain", *arguments)
+
+
+def test_a_dry_run_shows_the_run_and_writes_nothing(ressl: Launch, tiny_config: Path, tmp_path: Path) -> None:
+    code, out, err = ressl("pretrain", tiny_config, "--dry-run", "--processes", 2, "optim.lr=0.125")
+    assert (code, err) == (0, "")
+    for shown in ("lr: 0.125", "72 in ", "16 = 2 processes x 8 images", "8 = 2 epochs x 4; 8 images left out", "MiB"):
+        assert shown in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_views_draws_a_picture(ressl: Launch, tiny_config: Path, tmp_path: Path) -> None:
+    code, out, _ = ressl("views", tiny_config, "--out", tmp_path / "deep" / "views.png", "--images", 3)
+    assert code == 0 and "wrote" in out
+    assert (tmp_path / "deep" / "views.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_two_processes_train_from_the_command_line(tiny_config: Path, tmp_path: Path) -> None:
+    done = command("pretrain", tiny_config, "--processes", 2, "run.knn_every=2")
+    assert done.returncode == 0, done.stderr
+    assert "epoch 2/2" in done.stdout and done.stdout.count("after epoch 2: knn") == 1
+    assert len(losses(tmp_path / "run")) == 8
+
+
+def test_a_failure_of_two_processes_is_told_once(tiny_config: Path) -> None:
+    done = command("pretrain", tiny_config, "--processes", 2, "optim.batch_size=15")
+    assert done.returncode == 2
+    assert done.stderr.count("ressl: error: optim.batch_size=15 does not split over 2 processes") == 1
+    assert "Traceback" not in done.stderr
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, REPO / "launch.py", *map(str, arguments)],
+        capture_output=True, text=True, timeout=240, env=os.environ | {"COLUMNS": "200"}, check=False,
+    )  # fmt: skip
+
+
+# --- what a person can get wrong -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["optim.epocs=3"], 2, "optim.epocs: unknown key; did you mean 'epochs'?"),
+        (["optim.epochs=many"], 2, 'optim.epochs: expected a valid integer, got "many"'),
+        (["views.weak.crop_scale=[0, 1]"], 2, "views.weak.crop_scale: need 0 < low <= high <= 1"),
+        (["data.source.train=nowhere.safetensors"], 2, "nowhere.safetensors: "),
+        (["data.source={name: folder, train: nowhere}"], 2, "nowhere: no such directory"),
+        (["data.source={name: folder, train: empty}"], 2, "empty: no images found"),
+        (["data.source={name: folder, train: texts}"], 2, "texts: no images found"),
+        (["data.source={name: ffcv, train: nowhere.beton}"], 2, "nowhere.beton: "),
+        (["data.source={name: ffcv, train: text.beton}"], 2, "text.beton: "),
+        (["optim.batch_size=100"], 2, "72 images are fewer than one batch of optim.batch_size=100"),
+        (["encoder.batchnorm={name: split, groups: 5}"], 2, "16 images do not split into encoder.batchnorm.groups=5"),
+        (["run.out_dir=text.beton"], 2, "run.out_dir=text.beton is a file"),
+        (["run.out_dir=text.beton/run"], 2, "run.out_dir=text.beton/run cannot be made: "),
+        (["run.out_dir=texts"], 2, "run.out_dir=texts is not empty and holds no run"),
+        (["run.device=cuda"], 4, "run.device=cuda, but torch sees no GPU here"),
+        (["--gpus", "8"], 4, "--gpus 8, but torch sees 0 GPUs here"),
+        (["--gpus", "1", "--processes", "2"], 2, "--gpus and --processes exclude each other"),
+        (["--dry-run", "--processes", "200"], 2, "optim.batch_size=16 does not split over 200 processes"),
+        (["--procceses", "2"], 2, "No such option"),
+    ],
+)
+def test_a_mistake_ends_in_one_message(
+    arguments: list[str], code: int, message: str, ressl: Launch, tiny_config: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("no image")
+    (tmp_path / "text.beton").write_text("no data set" * 10)
+    before = sorted(tmp_path.rglob("*"))
+    found, out, err = ressl("pretrain", tiny_config, *arguments)
+    assert (found, "Traceback" in err) == (code, False) and message in err, err
+    left = {path.name for path in set(tmp_path.rglob("*")) - set(before)}
+    assert left <= {"run", "config.yaml", "metrics.jsonl"}
+
+
+def test_more_processes_than_images_are_refused(ressl: Launch, tiny_config: Path) -> None:
+    code, _, err = ressl("pretrain", tiny_config, "--dry-run", "--processes", 144, "optim.batch_size=144")
+    assert code == 2 and "72 images are fewer than one batch of optim.batch_size=144 (144 processes x 1)" in err
+
+
+def test_a_run_of_another_configuration_is_not_touched(ressl: Launch, tiny_config: Path, tmp_path: Path) -> None:
+    assert ressl("pretrain", tiny_config, "optim.epochs=1")[0] == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    code, _, err = ressl("pretrain", tiny_config, "optim.epochs=1", "optim.lr=0.01", "run.log_every=3")
+    assert code == 2 and "holds a run of another configuration" in err
+    assert "optim.lr: 0.06 there, 0.01 here" in err and "log_every" not in err
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text"])
+def test_a_damaged_checkpoint_is_named(damage: str, ressl: Launch, tiny_config: Path, tmp_path: Path) -> None:
+    assert ressl("pretrain", tiny_config, "optim.epochs=1")[0] == 0
+    path = tmp_path / "run" / "checkpoint.pt"
+    data = path.read_bytes()
+    path.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "text": b"hello"}[damage])
+    for verb in (["evaluate", tmp_path / "run"], ["pretrain", tiny_config, "optim.epochs=1"]):
+        code, _, err = ressl(*verb)
+        assert code == 3 and f"{path}: damaged or not a checkpoint" in err and "Traceback" not in err
+
+
+def test_a_checkpoint_of_another_encoder_is_refused(ressl: Launch, tiny_config: Path, tmp_path: Path) -> None:
+    assert ressl("pretrain", tiny_config, "optim.epochs=1")[0] == 0
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    saved["encoder"]["width"] = 8
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(saved))
+    code, _, err = ressl("evaluate", tmp_path / "run")
+    assert code == 3 and "does not fit the configured encoder and method: size mismatch" in err
+
+
+def test_evaluating_what_is_no_run_or_has_no_checkpoint(ressl: Launch, tiny_config: Path, tmp_path: Path) -> None:
+    code, _, err = ressl("evaluate", tmp_path / "nowhere")
+    assert code == 2 and "nowhere: no run here" in err
+    assert ressl("pretrain", tiny_config, "optim.epochs=1")[0] == 0
+    (tmp_path / "run" / "checkpoint.pt").unlink()
+    code, _, err = ressl("evaluate", tmp_path / "run")
+    assert code == 3 and "checkpoint.pt: no checkpoint here" in err
+
+
+def test_evaluating_without_labels_says_so(ressl: Launch, tiny_config: Path, tiny_data: Path, tmp_path: Path) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in (tiny_data / "folder" / "train").rglob("*.png"):
+        (flat / path.name).write_bytes(path.read_bytes())
+    source = f"data.source={{name: folder, train: {flat}, val: {flat}}}"
+    assert ressl("pretrain", tiny_config, source, "optim.epochs=1")[0] == 0
+    code, _, err = ressl("evaluate", tmp_path / "run")
+    assert code == 2 and "the images have no labels" in err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(ressl: Launch, tiny_config: Path) -> None:
+    code, _, err = ressl("pretrain", tiny_config, "optim.lr=1e30", "optim.epochs=1")
+    assert code == 5 and "the loss is nan at step" in err
+
+
+@pytest.mark.parametrize("on_corrupt", ["replace", "fail"])
+def test_a_corrupt_file_is_replaced_aloud_or_fatal(
+    on_corrupt: str, ressl: Launch, tiny_config: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "images"
+    for path in (tiny_data / "folder" / "train").rglob("*.png"):
+        copy = folder / path.parent.name / path.name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    (folder / "colour1" / "001.png").write_bytes(b"<html>not found</html>")
+    arguments = [f"data.source={{name: folder, train: {folder}}}", f"data.on_corrupt={on_corrupt}"]
+    code, out, err = ressl("pretrain", tiny_config, *arguments, "optim.batch_size=72")
+    if on_corrupt == "fail":
+        assert code == 2 and "001.png: not an image" in err
+    else:
+        assert code == 0 and out.count("001.png: not an image") == 2  # once each epoch
+        assert sum("bad_image" in record for record in records(tmp_path / "run")) == 2
+
+
+# --- help ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["quickstart", "convert", "views", "pretrain", "evaluate", "doctor"])
+def test_every_verb_explains_itself(verb: str, ressl: Launch) -> None:
+    code, out, _ = ressl(verb, "--help")
+    assert code == 0 and "Usage:" in out and f" {verb} " in out and len(out.splitlines()) > 5
