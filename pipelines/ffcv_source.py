@@ -5,8 +5,10 @@ leaks when an epoch is left early, so its pipeline is run here, step by step, in
 ignores JPEG errors; ours notes them beside the pixels. The file is validated before FFCV maps it.
 """
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +30,8 @@ class FfcvSource:
         self.labels, self.classes = self.beton.label, classes_of(path)
         self.on_corrupt, self.report = on_corrupt, report
         self.extent = (int(self.beton.size[:, 0].max()), int(self.beton.size[:, 1].max()))
-        self.loader = _build_loader(path, workers)
+        status = path.stat()
+        self.loader = _build_loader(path, status.st_mtime_ns, status.st_size, workers)
 
     def stream(self, batches: Iterable[np.ndarray], *, salt: int) -> Iterator[Frames]:
         batches = list(batches)
@@ -94,8 +97,9 @@ def _decoded(loader: Any, batches: list[np.ndarray]) -> Iterator[np.ndarray]:
         def start(self) -> None:
             """Not as a thread."""
 
-    loader.batch_size = len(batches[0])
-    epoch = Epoch(loader, np.concatenate(batches).astype(np.uint64))
+    with loader.lock:  # the epoch takes its batch size from the loader, which others may share
+        loader.batch_size = len(batches[0])
+        epoch = Epoch(loader, np.concatenate(batches).astype(np.uint64))
     try:
         for number, order in enumerate(epoch.iter_ixes):
             loader.set_threads()  # the number belongs to the calling thread
@@ -105,8 +109,13 @@ def _decoded(loader: Any, batches: list[np.ndarray]) -> Iterator[np.ndarray]:
         epoch.close()
 
 
-def _build_loader(path: Path, workers: int) -> Any:
-    """An FFCV Loader that decodes the field `image` alone. FFCV sets torch's number of threads: that is put back."""
+@cache
+def _build_loader(path: Path, changed: int, length: int, workers: int) -> Any:
+    """An FFCV Loader that decodes the field `image` alone. FFCV sets torch's number of threads: that is put back.
+
+    Compiling takes seconds, so a process does it once for each file; `changed` and `length` tell a new file of the same
+    name from the old one.
+    """
     threads = torch.get_num_threads()
     import numba
     from ffcv.fields.rgb_image import IMAGE_MODES, SimpleRGBImageDecoder
@@ -151,5 +160,6 @@ def _build_loader(path: Path, workers: int) -> Any:
         str(path), batch_size=1, num_workers=workers, order=OrderOption.SEQUENTIAL, pipelines=fields, batches_ahead=0
     )
     loader.set_threads = lambda: numba.set_num_threads(workers)
+    loader.lock = threading.Lock()
     torch.set_num_threads(threads)
     return loader

@@ -5,6 +5,7 @@ order of SimCLR and of ReSSL's strong view. Every image has its own numbers (`dr
 
 Crop, resize, flip and blur are linear along rows and columns, so each is a pair of small matrices per image and
 `_separable` is the only place where pixels are mixed. Colours follow torchvision.transforms.functional on floats.
+Between the steps images are (B, 3, h, w) float32 in [0, 1], in the order `_separable` leaves them in: line by line.
 """
 
 import math
@@ -32,7 +33,7 @@ def cut_view(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """(B, 3, cfg.size, cfg.size) of `dtype`, normalised, channels_last. Steps without a chance are left out."""
-    images = crop_resize_flip(frames, params.box, params.flip, cfg.size)  # (B, s, s, 3) float32 in [0, 1]
+    images = crop_resize_flip(frames, params.box, params.flip, cfg.size)
     if cfg.jitter_prob > 0:
         images = color_jitter(images, params.jitter, params.order, cfg.jitter)
     if cfg.grayscale_prob > 0:
@@ -42,11 +43,11 @@ def cut_view(
         images = _where(params.sigma > 0, blur, images, params.sigma)
     if cfg.solarize_prob > 0:
         images = _where(params.solarize, solarize, images)
-    return normalise(images, mean, std).to(dtype).permute(0, 3, 1, 2)  # a channels_last view of contiguous memory
+    return normalise(images, mean, std).to(dtype)
 
 
 def crop_resize_flip(frames: Frames, box: Tensor, flip: Tensor, size: int) -> Tensor:
-    """(B, size, size, 3) float32 in [0, 1]: the box (B, 4) of each image, bilinear and antialiased, mirrored by `flip`.
+    """(B, 3, size, size) float32 in [0, 1]: the box (B, 4) of each image, bilinear and antialiased, mirrored by `flip`.
 
     The box is in fractions of the image (top, left, height, width) and need not lie on the pixel grid. Pixels that it
     only touches take part; none outside does, as if the crop had been cut out before resizing.
@@ -55,7 +56,7 @@ def crop_resize_flip(frames: Frames, box: Tensor, flip: Tensor, size: int) -> Te
     rows = resize_matrix(box[:, 0] * extent[:, 0], box[:, 2] * extent[:, 0], size, frames.extent[0])
     columns = resize_matrix(box[:, 1] * extent[:, 1], box[:, 3] * extent[:, 1], size, frames.extent[1])
     columns = torch.where(flip.view(-1, 1, 1), columns.flip(1), columns)
-    return _separable(canvas(frames).float(), rows, columns) / 255
+    return _separable(canvas(frames).permute(0, 3, 1, 2), rows, columns).div_(255)
 
 
 def canvas(frames: Frames) -> Tensor:
@@ -87,7 +88,7 @@ def resize_matrix(start: Tensor, length: Tensor, size: int, extent: int) -> Tens
 
 
 def color_jitter(images: Tensor, factors: Tensor, order: Tensor, strength: tuple[float, float, float, float]) -> Tensor:
-    """Brightness, contrast, saturation and hue of (B, h, w, 3) images, each image in its own `order` (B, 4).
+    """Brightness, contrast, saturation and hue of (B, 3, h, w) images, each image in its own `order` (B, 4).
 
     Brightness, contrast and saturation blend with black, with the image's mean gray and with its own gray; so all three
     are one blend with a different partner, and a turn of the loop handles whichever is due for each image.
@@ -96,40 +97,40 @@ def color_jitter(images: Tensor, factors: Tensor, order: Tensor, strength: tuple
     for turn in range(4):
         due = order[:, turn]
         if mixes:
-            gray = grayscale(images)[..., :1]
+            gray = grayscale(images)[:, :1]
             mean = gray.mean(dim=(1, 2, 3), keepdim=True)
             partner = torch.where(_per_image(due == SATURATION), gray, 0.0)
             partner = torch.where(_per_image(due == CONTRAST), mean, partner)
             factor = torch.where(due == HUE, 1.0, factors.gather(1, due.unsqueeze(1)).squeeze(1))
-            images = torch.lerp(partner, images, _per_image(factor)).clamp(0, 1)
+            images = torch.lerp(partner, images, _per_image(factor)).clamp_(0, 1)
         if strength[HUE] > 0:
             images = _where((due == HUE) & (factors[:, HUE] != 0), turn_hue, images, factors[:, HUE])
     return images
 
 
 def turn_hue(images: Tensor, turn: Tensor) -> Tensor:
-    """(B, h, w, 3) images with their HSV hue turned by `turn` (B,), in whole circles."""
-    top, low = images.amax(dim=3), images.amin(dim=3)
+    """(B, 3, h, w) images with their HSV hue turned by `turn` (B,), in whole circles."""
+    top, low = images.amax(dim=1), images.amin(dim=1)
     chroma = top - low
-    r, g, b = images.unbind(3)
+    r, g, b = images.unbind(1)
     safe = torch.where(chroma == 0, 1.0, chroma)
     sixth = torch.where(top == r, (g - b) / safe, torch.where(top == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
     sixth = sixth + 6 * turn.view(-1, 1, 1)
     n = torch.arange(5, 0, -2, device=images.device)  # 5, 3, 1: https://en.wikipedia.org/wiki/HSL_and_HSV, alternative
-    k = (sixth.unsqueeze(3) + n) % 6
-    return top.unsqueeze(3) - chroma.unsqueeze(3) * torch.minimum(k, 4 - k).clamp(0, 1)
+    k = (sixth.unsqueeze(1) + n.view(3, 1, 1)) % 6
+    return top.unsqueeze(1) - chroma.unsqueeze(1) * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 def grayscale(images: Tensor) -> Tensor:
-    """(B, h, w, 3) -> the same shape, all three channels equal."""
-    r, g, b = images.unbind(3)
-    return (LUMA[0] * r + LUMA[1] * g + LUMA[2] * b).unsqueeze(3).expand_as(images)
+    """(B, 3, h, w) -> the same shape, all three channels equal."""
+    r, g, b = images.unbind(1)
+    return (LUMA[0] * r + LUMA[1] * g + LUMA[2] * b).unsqueeze(1).expand_as(images)
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor, max_sigma: float) -> Tensor:
-    """(B, h, w, 3) images, each with its own `sigma` (B,) of at most `max_sigma` pixels; the border's pixels go on
+    """(B, 3, h, w) images, each with its own `sigma` (B,) of at most `max_sigma` pixels; the border's pixels go on
     outside. 0 changes nothing. PIL's blur, which the authors use, approximates this by three box filters."""
-    matrix = blur_matrix(sigma, images.shape[1], max_sigma)
+    matrix = blur_matrix(sigma, images.shape[2], max_sigma)
     return _separable(images, matrix, matrix)
 
 
@@ -150,18 +151,22 @@ def solarize(images: Tensor, threshold: float = 128 / 255) -> Tensor:
 
 
 def normalise(images: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:
-    """(B, h, w, 3): subtracts the mean of each channel and divides by its standard deviation."""
-    channels = [(images[..., c] - mean[c]) / std[c] for c in range(3)]
-    return torch.stack(channels, dim=3)
+    """(B, 3, h, w), channels_last: subtracts the mean of each channel and divides by its standard deviation."""
+    images = images.clone(memory_format=torch.channels_last)
+    for c in range(3):
+        images[:, c].sub_(mean[c]).div_(std[c])
+    return images
 
 
 def _separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """rows (B, h, H) and columns (B, w, W) applied to (B, H, W, 3) float32: (B, h, w, 3), contiguous."""
-    count, height, width, _ = images.shape
-    out = torch.bmm(rows, images.view(count, height, width * 3)).view(count, -1, width, 3)  # (B, h, W, 3)
-    out = out.permute(0, 1, 3, 2).reshape(count, -1, width)  # (B, h * 3, W)
-    out = torch.bmm(out, columns.transpose(1, 2)).view(count, rows.shape[1], 3, -1)  # (B, h, 3, w)
-    return out.permute(0, 1, 3, 2).contiguous()
+    """rows (B, h, H) and columns (B, w, W) applied to (B, 3, H, W): (B, 3, h, w) float32.
+
+    In memory a result is (B, h, 3, w): so both products are of matrices as they lie, and only a canvas is copied.
+    """
+    count, _, height, width = images.shape
+    lines = images.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)  # (B, H, 3, W)
+    out = torch.bmm(rows, lines.reshape(count, height, 3 * width)).view(count, -1, width)  # (B, h * 3, W)
+    return torch.bmm(out, columns.transpose(1, 2)).view(count, rows.shape[1], 3, -1).transpose(1, 2)
 
 
 def _where(due: Tensor, op: Callable[..., Tensor], images: Tensor, *parameters: Tensor) -> Tensor:

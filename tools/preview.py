@@ -1,5 +1,6 @@
 """A picture of what the teacher and the student see: frames, weak views, strong views, side by side."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,23 +13,24 @@ from pipelines.loader import ViewStream
 from pipelines.views import canvas
 from ressl.batch import DataError
 
-TILE, GAP, MARGIN, HEAD = 112, 6, 12, 26  # pixels
+TILE, GAP, MARGIN, TITLES, FOOT = 112, 6, 12, 72, 18  # pixels
 
 
 def save_views(stream: ViewStream, path: Path, *, images: int = 8, epoch: int = 0) -> None:
-    """Writes a PNG with a row for each of the first images of `epoch`: the frame, the weak view, each strong view."""
+    """Writes a PNG with a column for each of the first images of `epoch`: the image, its weak view, its strong ones."""
     frames_of_epoch = stream.frames(epoch)
     frames = next(iter(frames_of_epoch))
     batch = stream.cut(frames, epoch)
     count = min(images, len(frames.index))
-    columns = [("image", _frames(frames, count)), ("weak, teacher", _views(batch.weak[0][:count], stream))]
+    rows = [("image", "as stored", _frames(frames, count))]
+    rows.append(("weak", "teacher", _views(batch.weak[0][:count], stream)))
     for view, cfg in zip(batch.strong, stream.views.strong, strict=True):
-        columns.append((f"strong {cfg.size} px, student", _views(view[:count], stream)))
+        rows.append((f"strong {cfg.size}", "student", _views(view[:count], stream)))
     labels = [_label(stream, int(index), int(label)) for index, label in zip(frames.index, frames.label, strict=True)]
     close = getattr(frames_of_epoch, "close", None)
     if close:
         close()
-    _save(_sheet(columns, labels[:count]), path)
+    _save(_sheet(rows, labels[:count]), path)
 
 
 def _label(stream: ViewStream, index: int, label: int) -> str:
@@ -36,22 +38,27 @@ def _label(stream: ViewStream, index: int, label: int) -> str:
     return f"{classes[label]}  #{index}" if 0 <= label < len(classes) else f"#{index}"
 
 
-def _sheet(columns: list[tuple[str, list[Image.Image]]], labels: list[str]) -> Image.Image:
-    rows, step = len(labels), TILE + GAP
-    sheet = Image.new(
-        "RGB", (2 * MARGIN + len(columns) * step - GAP, 2 * MARGIN + HEAD + rows * (step + 16) - GAP), "white"
-    )
-    draw = ImageDraw.Draw(sheet)
-    font, small = ImageFont.load_default(12), ImageFont.load_default(11)
-    for column, (title, tiles) in enumerate(columns):
-        left = MARGIN + column * step
-        draw.text((left, MARGIN), title, fill="black", font=font if len(title) < 20 else small)
-        for row, tile in enumerate(tiles):
-            top = MARGIN + HEAD + row * (step + 16)
-            sheet.paste(tile, (left, top))
-            if column == 0:
-                draw.text((left, top + TILE + 2), labels[row], fill="#555555", font=small)
+def _sheet(rows: list[tuple[str, str, list[Image.Image]]], labels: list[str]) -> Image.Image:
+    step = TILE + GAP
+    width, height = 2 * MARGIN + TITLES + len(labels) * step - GAP, 2 * MARGIN + len(rows) * step + FOOT
+    sheet = Image.new("RGB", (width, height), "white")
+    draw, font, small = ImageDraw.Draw(sheet), ImageFont.load_default(13), ImageFont.load_default(11)
+    for row, (title, network, tiles) in enumerate(rows):
+        top = MARGIN + row * step
+        draw.text((MARGIN, top + TILE // 2 - 16), title, fill="black", font=font)
+        draw.text((MARGIN, top + TILE // 2 + 2), network, fill="#555555", font=small)
+        for column, tile in enumerate(tiles):
+            sheet.paste(tile, (MARGIN + TITLES + column * step, top))
+    for column, label in enumerate(labels):
+        place = (MARGIN + TITLES + column * step, MARGIN + len(rows) * step)
+        draw.text(place, _shortened(label, draw, small), fill="#555555", font=small)
     return sheet
+
+
+def _shortened(text: str, draw: ImageDraw.ImageDraw, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
+    while draw.textlength(text, font) > TILE:
+        text = text[:-2] + "\u2026"
+    return text
 
 
 def _frames(frames: Frames, count: int) -> list[Image.Image]:
@@ -86,4 +93,5 @@ def _save(sheet: Image.Image, path: Path) -> None:
     except OSError as error:
         raise DataError(f"{path}: cannot write the picture: {error.strerror}") from None
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
