@@ -3,7 +3,7 @@
 # For `make gpu` on a host without network, where no .venv can be made.
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 
-.PHONY: help setup quickstart test check format gpu
+.PHONY: help setup quickstart test check format gpu bench
 .DEFAULT_GOAL := help
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo "make check        set up, then lint, formatting, types, architecture"
 	@echo "make format       set up, then rewrite the code in the house's format"
 	@echo "make gpu          the tests that need a GPU, with PYTHON ($(PYTHON)) as it is"
+	@echo "make bench        time the parts of the quickstart's step, on its data, with PYTHON as it is"
 	@echo "make setup        only the set-up: .venv with PYTHON, if given, or a Python 3.12 or 3.11 that is found"
 
 setup:
@@ -37,3 +38,6 @@ format: setup
 gpu:
 	@$(PYTHON) -m pytest -q -rs -m gpu || { code=$$?; \
 		[ $$code -ne 5 ] || echo "make gpu: no test in tests/ is marked gpu, so nothing was run"; exit $$code; }
+
+bench:
+	@$(PYTHON) -m tools.bench configs/quickstart.yaml --out runs/bench

@@ -51,7 +51,7 @@ def draw_view(cfg: ViewConfig, original: Tensor, index: Tensor, *, seed: int, ep
         box=torch.stack([top * (1 - height), left * (1 - width), height, width], dim=1),
         flip=flip < cfg.flip_prob,
         jitter=torch.stack([*factors, turn], dim=1),
-        order=order.argsort(dim=1),
+        order=order.argsort(dim=1, stable=True),  # some are equal: one pair in 2**24
         grayscale=grayscale < cfg.grayscale_prob,
         sigma=torch.where(blur < cfg.blur_prob, _between(*cfg.blur_sigma, sigma), 0.0),
         solarize=solarize < cfg.solarize_prob,

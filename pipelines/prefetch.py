@@ -41,10 +41,11 @@ def _fill(stream: Iterator[Frames], device: torch.device, ready: queue.Queue, le
     side = torch.cuda.Stream(device) if device.type == "cuda" else None
     end: BaseException | None = None
     try:
-        for frames in stream:
-            ready.put((frames, None) if side is None else _copy(frames, device, side))
-            if left.is_set():
-                break
+        with torch.cuda.stream(side):  # which does nothing for None; what the stream does on the GPU is in order too
+            for frames in stream:
+                ready.put((frames, None) if side is None else _copy(frames, device, side))
+                if left.is_set():
+                    break
     except BaseException as error:  # not swallowed: the consumer raises it
         end = error
     finally:
@@ -55,10 +56,9 @@ def _fill(stream: Iterator[Frames], device: torch.device, ready: queue.Queue, le
 
 
 def _copy(frames: Frames, device: torch.device, side: torch.cuda.Stream) -> tuple[Frames, torch.cuda.Event]:
-    with torch.cuda.stream(side):
-        moved = frames.pin_memory().to(device, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(side)
+    moved = frames if frames.pixels.is_cuda else frames.pin_memory().to(device, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(side)
     return moved, event
 
 

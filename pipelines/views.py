@@ -81,8 +81,10 @@ def resize_matrix(start: Tensor, length: Tensor, size: int, extent: int) -> Tens
     pixel = torch.arange(extent, device=start.device) + 0.5
     support = scale.clamp(min=1).view(-1, 1, 1)
     weight = (1 - (pixel - centre.unsqueeze(2)).abs() / support).clamp(min=0)
-    # an end that lies on the grid but for rounding must not let the next pixel in
-    first, last = (start + 1e-3).floor().view(-1, 1, 1), (start + length - 1e-3).ceil().view(-1, 1, 1)
+    # an end that lies on the grid but for rounding must not let the next pixel in; the middle one always takes part
+    middle = (start + length / 2).floor()
+    first = torch.minimum((start + 1e-3).floor(), middle).view(-1, 1, 1)
+    last = torch.maximum((start + length - 1e-3).ceil(), middle + 1).view(-1, 1, 1)
     weight = weight * ((pixel > first) & (pixel < last))
     return weight / weight.sum(dim=2, keepdim=True)
 

@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from ressl.run_dir import metrics_path
+
 LINE_EVERY_S = 30  # where there is no live bar, as in a log file, no silence is longer than this and one record
 
 
@@ -45,7 +47,7 @@ class Recorder:
         self.every, self.images, self.active, self.track = every, images, active, track
         self.steps_per_epoch, self.epochs = steps_per_epoch, epochs
         self.console = console
-        self.file = out_dir / "metrics.jsonl"
+        self.file = metrics_path(out_dir)
         self.progress = Progress(
             TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
             BarColumn(),

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -85,11 +84,6 @@ class Runtime:
 
     def track(self, step: int, values: dict[str, float]) -> None:
         self._accelerator.log(values, step=step)
-
-
-def tracker_dir(out_dir: Path) -> Path:
-    """Where accelerate's TensorBoard tracker writes."""
-    return out_dir / "tensorboard"
 
 
 def _collectives(world_size: int) -> Collectives:

@@ -1,0 +1,561 @@
+"""What every source of images owes, whatever its format: the promises of `ressl.batch`, on the same tiny images."""
+
+import copy
+import io
+import shutil
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from pipelines import build_loaders, build_source
+from pipelines.beton import JPG, open_beton
+from pipelines.draws import draw_view
+from pipelines.folder_source import FolderSource
+from pipelines.loader import Prober, ViewStream
+from pipelines.resident_source import ResidentSource
+from pipelines.sampler import Sampler, permutation
+from ressl.batch import DataError
+from ressl.config import Config, DataConfig, EvaluateConfig, ViewConfig, ViewsConfig
+from ressl.config import FolderSource as FolderConfig
+from tools.convert import convert
+
+CPU = torch.device("cpu")
+COUNT, GLOBAL_BATCH, SEED = 27, 6, 11  # 4 steps, 3 images left out of each epoch
+NAMES = ("resident", "folder", "ffcv")
+VIEWS = ViewsConfig(
+    weak=ViewConfig(size=16),
+    strong=(
+        ViewConfig(size=16, jitter_prob=0.8, grayscale_prob=0.2, blur_prob=0.5, solarize_prob=0.2),
+        ViewConfig(size=8, crop_scale=(0.1, 0.4), jitter_prob=0.8),
+    ),
+)
+SHAPES = [(20 + 3 * (i % 5), 44 - 4 * (i % 7)) for i in range(COUNT)]
+LABELS = [i // 9 for i in range(COUNT)]
+STAND_IN = 0.05  # FFCV's library decoded the one, Pillow's the other; normalising multiplies by 4.5 (measured: 0.02)
+OTHER_BATCH = 1e-5  # the same products, summed in another order by a matrix product of another size
+
+
+def picture(seed: int, height: int, width: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    patches = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+    return np.asarray(patches.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def write_folder(root: Path, suffix: str = "png") -> Path:
+    for i, (shape, label) in enumerate(zip(SHAPES, LABELS, strict=True)):
+        path = root / "abc"[label] / f"{i:02}.{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture(i, *shape)).save(path)
+    return root
+
+
+def data_config(root: Path, **changes) -> DataConfig:
+    return DataConfig(source=FolderConfig(name="folder", train=root), **changes)
+
+
+def ffcv_source(path: Path, **options):
+    pytest.importorskip("ffcv")
+    from pipelines.ffcv_source import FfcvSource
+
+    return FfcvSource(path, workers=2, **({"on_corrupt": "fail", "report": print} | options))
+
+
+def with_policy(source, on_corrupt: str, messages: list[str]):
+    """The same source under another policy, so that FFCV compiles once."""
+    other = copy.copy(source)
+    other.on_corrupt, other.report = on_corrupt, messages.append
+    return other
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("png"))
+
+
+@pytest.fixture(scope="module")
+def sources(folder, tmp_path_factory):
+    """Each source is opened when first asked for, then kept."""
+    made = {}
+
+    def get(name: str):
+        if name not in made:
+            made[name] = open_source(name)
+        return made[name]
+
+    def open_source(name: str):
+        if name == "folder":
+            return FolderSource(folder, workers=2, max_side=None, on_corrupt="fail", report=print)
+        out, quiet = tmp_path_factory.mktemp(name), Console(file=io.StringIO())
+        if name == "resident":
+            convert(str(folder), out, "tensor", console=quiet)
+            return ResidentSource(out / "train.safetensors", CPU)
+        pytest.importorskip("ffcv")
+        convert(str(folder), out, "ffcv", mode="raw", console=quiet)
+        return ffcv_source(out / "train.beton")
+
+    return get
+
+
+@pytest.fixture(params=NAMES)
+def source(request, sources):
+    return sources(request.param)
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left(request):
+    """Numba keeps its own workers, which Python does not list."""
+    before = set(threading.enumerate())
+    yield
+    end = time.monotonic() + 5
+    while (left := {t for t in threading.enumerate() if t not in before}) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert left == set()
+
+
+def stream(source, *, seed=SEED, rank=0, world_size=1, batch_size=GLOBAL_BATCH, accumulate=1, dtype=torch.float32):
+    sampler = Sampler(len(source.labels), batch_size, seed, rank, world_size, accumulate)
+    return ViewStream(source, sampler, VIEWS, data_config(Path("unused")), CPU, dtype)
+
+
+def prober(source, *, rank=0, world_size=1, batch_size=4, val=None):
+    cfg = EvaluateConfig(size=12, resize=14, batch_size=batch_size)
+    return Prober(source, val, data_config(Path("unused")), cfg, CPU, SEED, rank, world_size)
+
+
+def indices(batches) -> list[int]:
+    return [int(i) for batch in batches for i in batch.index]
+
+
+def views(batch) -> tuple[torch.Tensor, ...]:
+    return (*batch.weak, *batch.strong)
+
+
+def same(a, b) -> bool:
+    return all(
+        torch.equal(x, y) for x, y in zip((*views(a), a.index, a.label), (*views(b), b.index, b.label), strict=True)
+    )
+
+
+def by_index(batches) -> dict[int, list[torch.Tensor]]:
+    return {int(i): [view[row] for view in views(b)] for b in batches for row, i in enumerate(b.index)}
+
+
+def assert_views_close(a: dict, b: dict, tolerance: float):
+    assert a.keys() == b.keys()
+    for index in a:
+        for x, y in zip(a[index], b[index], strict=True):
+            assert (x - y).abs().max() <= tolerance
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batches_have_the_shapes_types_and_layout_of_the_contract(source, dtype):
+    batches = list(stream(source, dtype=dtype).epoch(0))
+    assert len(batches) == stream(source).steps_per_epoch == 4
+    for batch in batches:
+        assert [tuple(view.shape) for view in batch.weak] == [(6, 3, 16, 16)]
+        assert [tuple(view.shape) for view in batch.strong] == [(6, 3, 16, 16), (6, 3, 8, 8)]
+        for view in views(batch):
+            assert view.dtype == dtype
+            assert view.is_contiguous(memory_format=torch.channels_last)
+            assert view.isfinite().all()
+        assert batch.index.dtype == batch.label.dtype == torch.int64
+        assert batch.index.shape == batch.label.shape == (6,)
+        assert batch.labelled is None
+
+
+def test_no_image_comes_twice_and_exactly_the_rest_is_left_out(source):
+    seen = indices(stream(source).epoch(3))
+    assert len(seen) == len(set(seen)) == COUNT - COUNT % GLOBAL_BATCH
+    assert seen == permutation(COUNT, SEED, 3)[: len(seen)].tolist()
+
+
+def test_labels_belong_to_their_images(source):
+    for batch in stream(source).epoch(0):
+        assert batch.label.tolist() == [LABELS[i] for i in batch.index]
+
+
+def test_the_same_arguments_give_the_same_bits(source):
+    for a, b in zip(stream(source).epoch(2), stream(source).epoch(2), strict=True):
+        assert same(a, b)
+
+
+@pytest.mark.parametrize("start", [1, 3, 4])
+def test_an_epoch_taken_up_later_is_the_tail_of_the_whole(source, start):
+    whole, tail = list(stream(source).epoch(1)), list(stream(source).epoch(1, start_step=start))
+    assert len(tail) == 4 - start
+    for a, b in zip(whole[start:], tail, strict=True):
+        assert same(a, b)
+
+
+def test_epochs_and_seeds_differ_in_order_and_views(source):
+    first, second = list(stream(source).epoch(0)), list(stream(source).epoch(1))
+    third = list(stream(source, seed=1).epoch(0))
+    assert len({tuple(indices(batches)) for batches in (first, second, third)}) == 3
+    a = by_index(first)
+    for b in (by_index(second), by_index(third)):
+        common = a.keys() & b.keys()
+        assert len(common) > 10
+        assert all(not torch.equal(a[i][0], b[i][0]) for i in common)
+
+
+@pytest.mark.parametrize(("world_size", "accumulate"), [(1, 2), (2, 1), (3, 2), (6, 1)])
+def test_ranks_and_micro_batches_share_out_the_steps_of_one_rank(source, world_size, accumulate):
+    ranks = [
+        list(stream(source, rank=rank, world_size=world_size, accumulate=accumulate).epoch(1))
+        for rank in range(world_size)
+    ]
+    assert {len(batches) for batches in ranks} == {4 * accumulate}
+    steps = [
+        sum((indices(batches[step * accumulate : (step + 1) * accumulate]) for batches in ranks), [])
+        for step in range(4)
+    ]
+    assert steps == [indices([batch]) for batch in stream(source).epoch(1)]
+
+
+def test_views_depend_neither_on_the_rank_nor_on_the_batch(source):
+    one = by_index(stream(source).epoch(1))
+    ranks = by_index(b for rank in range(3) for b in stream(source, rank=rank, world_size=3).epoch(1))
+    single = by_index(stream(source, batch_size=24, accumulate=24).epoch(1))
+    assert_views_close(one, ranks, OTHER_BATCH)
+    assert_views_close(one, single, OTHER_BATCH)
+
+
+@pytest.mark.parametrize("name", ["folder", "ffcv"])
+def test_lossless_sources_give_the_same_views(sources, name):
+    reference, other = stream(sources("resident")), stream(sources(name))
+    for a, b in zip(reference.frames(1), other.frames(1), strict=True):
+        assert torch.equal(a.index, b.index)
+        for number, cfg in enumerate((VIEWS.weak, *VIEWS.strong)):
+            ours, theirs = (draw_view(cfg, f.original, f.index, seed=SEED, epoch=1, view=number) for f in (a, b))
+            assert all(torch.equal(getattr(ours, field), getattr(theirs, field)) for field in ours.__slots__)
+        assert same(reference.cut(a, 1), other.cut(b, 1))
+
+
+def test_frames_keep_the_slack_that_the_contract_asks_for(source):
+    for frames in stream(source).frames(0):
+        last_row = frames.offset + frames.stride.long() * (frames.size[:, 0] - 1)
+        assert last_row.max() + 3 * frames.extent[1] <= frames.pixels.numel()
+        assert frames.size.amax(dim=0).tolist() <= list(frames.extent)
+
+
+def test_frames_stay_as_they_were_when_later_ones_are_asked_for(source):
+    """A decoder reuses its memory; what it gave away must have been copied before."""
+    held = list(stream(source).frames(0))
+    for batch, again in zip((stream(source).cut(frames, 0) for frames in held), stream(source).epoch(0), strict=True):
+        assert same(batch, again)
+
+
+# --- leaving early, and two at once ----------------------------------------------------------------------------------
+
+
+def test_an_epoch_can_be_left_early_and_the_next_one_started(source):
+    before = set(threading.enumerate())
+    for _ in range(3):
+        epoch = stream(source, batch_size=2).epoch(0)
+        next(epoch)
+        epoch.close()
+        assert set(threading.enumerate()) == before
+    assert indices(stream(source).epoch(1)) == permutation(COUNT, SEED, 1)[:24].tolist()
+
+
+def test_an_error_in_the_training_loop_leaves_no_thread(source):
+    before = set(threading.enumerate())
+
+    def train():
+        for batch in stream(source, batch_size=2).epoch(0):
+            if batch.index[0] >= 0:
+                raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError) as raised:
+        train()
+    del raised
+    end = time.monotonic() + 5
+    while set(threading.enumerate()) != before and time.monotonic() < end:
+        time.sleep(0.01)
+    assert set(threading.enumerate()) == before
+
+
+def test_two_streams_of_one_source_do_not_disturb_each_other(source):
+    alone = [list(stream(source).epoch(0)), list(stream(source, batch_size=4).epoch(1))]
+    together = [[], []]
+    first, second = stream(source).epoch(0), stream(source, batch_size=4).epoch(1)
+    for a, b in zip(first, second, strict=False):
+        together[0].append(a)
+        together[1].append(b)
+    second.close()
+    for apart, joint in zip(alone, together, strict=True):
+        assert len(joint) == 4
+        assert all(same(a, b) for a, b in zip(apart, joint, strict=False))
+
+
+def test_two_threads_can_read_one_source(source):
+    expected = list(stream(source).epoch(0))
+    results = {}
+    readers = [
+        threading.Thread(target=lambda n=n: results.update({n: list(stream(source).epoch(0))})) for n in range(2)
+    ]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join(60)
+    assert sorted(results) == [0, 1]
+    assert all(same(a, b) for batches in results.values() for a, b in zip(batches, expected, strict=True))
+
+
+# --- probes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("crops", ["centre", "random"])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_probe_gives_every_image_once_in_order_with_its_label(source, world_size, crops):
+    index, label, sizes = [], [], []
+    for rank in range(world_size):
+        for images, labels, numbers in prober(source, rank=rank, world_size=world_size).probe("train", crops):
+            assert images.shape == (len(numbers), 3, 12, 12)
+            assert images.dtype == torch.float32
+            assert images.is_contiguous(memory_format=torch.channels_last)
+            index += numbers.tolist()
+            label += labels.tolist()
+            sizes.append(len(numbers))
+    assert index == list(range(COUNT))
+    assert label == LABELS
+    assert sizes == ([4] * 6 + [3] if world_size == 1 else [4, 4, 1] * 3)
+
+
+def test_centre_crops_are_the_same_each_time_and_random_ones_by_epoch(source):
+    def images(crops, epoch):
+        return torch.cat([batch for batch, _, _ in prober(source).probe("train", crops, epoch)])
+
+    assert torch.equal(images("centre", 0), images("centre", 5))
+    assert torch.equal(images("random", 1), images("random", 1))
+    assert not torch.equal(images("random", 1), images("random", 2))
+    assert not torch.equal(images("random", 1), images("centre", 1))
+
+
+def test_more_ranks_than_images_leave_some_without_any(sources):
+    parts = [list(prober(sources("resident"), rank=rank, world_size=40).probe("train")) for rank in range(40)]
+    assert sum(len(part) for part in parts) == COUNT
+
+
+def test_a_probe_beside_a_training_epoch_disturbs_neither(source):
+    expected = list(stream(source).epoch(0))
+    got, seen = [], []
+    for batch in stream(source).epoch(0):
+        got.append(batch)
+        seen.append([int(i) for _, _, index in prober(source, batch_size=10).probe("train") for i in index])
+    assert all(same(a, b) for a, b in zip(got, expected, strict=True))
+    assert seen == [list(range(COUNT))] * 4
+
+
+def test_counts_and_classes_come_from_the_data(source):
+    probes = prober(source, val=source)
+    assert (probes.num_classes, probes.count("train"), probes.count("val")) == (3, COUNT, COUNT)
+    assert source.classes == ("a", "b", "c")
+
+
+def test_a_split_that_is_not_there_is_refused(sources):
+    with pytest.raises(DataError, match=r"data\.source\.val is not set"):
+        list(prober(sources("resident")).probe("val"))
+
+
+# --- images that cannot be read --------------------------------------------------------------------------------------
+
+DAMAGED = (4, 17)
+
+
+@pytest.fixture(scope="module")
+def damaged_folder(tmp_path_factory):
+    root = write_folder(tmp_path_factory.mktemp("damaged"))
+    for i in DAMAGED:
+        path = root / "abc"[LABELS[i]] / f"{i:02}.png"
+        path.write_bytes(path.read_bytes()[:200])
+    return FolderSource(root, workers=2, max_side=None, on_corrupt="fail", report=print), root
+
+
+@pytest.fixture(scope="module")
+def damaged_beton(tmp_path_factory):
+    """Damaged after it was opened and validated, as by a failing disk; the tables are whole."""
+    pytest.importorskip("ffcv")
+    out = tmp_path_factory.mktemp("damaged_beton")
+    convert(str(write_folder(out / "png")), out, "ffcv", mode="jpg", console=Console(file=io.StringIO()))
+    path = out / "train.beton"
+    beton = open_beton(path)
+    assert (beton.mode == JPG).all()
+    with path.open("r+b") as file:
+        for i in DAMAGED:
+            file.seek(int(beton.data_ptr[i]) + 2)
+            file.write(bytes(int(beton.data_size[i]) - 4))
+    return ffcv_source(path), path
+
+
+@pytest.fixture(params=["folder", "ffcv"])
+def damaged(request):
+    """A source with two unreadable images, and how each is named."""
+    if request.param == "folder":
+        source, root = request.getfixturevalue("damaged_folder")
+        return source, [str(root / "abc"[LABELS[i]] / f"{i:02}.png") for i in DAMAGED]
+    source, path = request.getfixturevalue("damaged_beton")
+    return source, [f"{path}: image {i}:" for i in DAMAGED]
+
+
+def test_a_damaged_image_is_replaced_reported_and_always_by_the_same_one(damaged):
+    source, names = damaged
+    runs = []
+    for _ in range(2):
+        messages: list[str] = []
+        batches = list(stream(with_policy(source, "replace", messages), batch_size=COUNT).epoch(0))
+        runs.append((indices(batches), sorted(messages), batches[0]))
+    seen, messages, batch = runs[0]
+    assert runs[1][:2] == (seen, messages)
+    assert same(batch, runs[1][2])
+    order = permutation(COUNT, SEED, 0).tolist()
+    changed = [asked for asked, got in zip(order, seen, strict=True) if asked != got]
+    assert sorted(changed) == list(DAMAGED)
+    assert batch.label.tolist() == [LABELS[i] for i in seen]
+    assert len(messages) == 2
+    for name in names:
+        assert any(name in message and "replaced by" in message for message in messages)
+    # the views are those of the image that took the place: where it came by itself too, they are the same twice
+    rows = {index: [row for row, i in enumerate(seen) if i == index] for index in set(seen)}
+    twins = [places for places in rows.values() if len(places) > 1]
+    assert len(twins) >= 1
+    for places in twins:
+        for view in views(batch):
+            assert all((view[places[0]] - view[place]).abs().mean() < STAND_IN for place in places)
+
+
+def test_the_stand_in_changes_from_epoch_to_epoch(damaged):
+    source = with_policy(damaged[0], "replace", [])
+    stand_ins = set()
+    for epoch in range(8):
+        got = indices(stream(source, batch_size=COUNT).epoch(epoch))
+        stand_ins |= {b for a, b in zip(permutation(COUNT, SEED, epoch).tolist(), got, strict=True) if a != b}
+    assert len(stand_ins) > 4
+    assert stand_ins.isdisjoint(DAMAGED)
+
+
+def test_a_damaged_image_stops_the_run_with_its_name_where_that_is_asked_for(damaged):
+    source, names = damaged
+    with pytest.raises(DataError) as raised:
+        list(stream(with_policy(source, "fail", [])).epoch(0))
+    assert any(name in str(raised.value) for name in names)
+    assert "data.on_corrupt=replace" in str(raised.value)
+
+
+def test_a_run_can_go_on_after_a_damaged_image_stopped_it(damaged):
+    source = damaged[0]
+    with pytest.raises(DataError):
+        list(stream(with_policy(source, "fail", [])).epoch(0))
+    assert len(list(stream(with_policy(source, "replace", [])).epoch(0))) == 4
+
+
+def test_where_no_image_can_be_read_the_run_stops(tmp_path):
+    root = write_folder(tmp_path)
+    for path in root.rglob("*.png"):
+        path.write_bytes(b"")
+    source = FolderSource(root, workers=2, max_side=None, on_corrupt="replace", report=print)
+    with pytest.raises(DataError, match="empty file; and none of 9 others"):
+        list(stream(source).epoch(0))
+
+
+# --- single sources --------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_can_be_shrunk_while_crops_are_drawn_from_the_original(folder):
+    source = FolderSource(folder, workers=2, max_side=16, on_corrupt="fail", report=print)
+    for frames in stream(source).frames(0):
+        assert frames.size.amax() == 16
+        assert frames.original.tolist() == [list(SHAPES[i]) for i in frames.index]
+
+
+def test_an_image_that_vanishes_is_named(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    source = FolderSource(tmp_path / "copy", workers=2, max_side=None, on_corrupt="fail", report=print)
+    (tmp_path / "copy" / "a" / "03.png").unlink()
+    with pytest.raises(DataError, match=r"a/03\.png: no such file"):
+        list(stream(source, batch_size=COUNT).epoch(0))
+
+
+def test_the_number_of_torch_threads_is_left_as_it_was(sources):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        list(stream(sources("ffcv")).epoch(0))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_jpegs_decoded_by_ffcv_look_like_those_decoded_by_pillow(damaged_beton):
+    """Both use a JPEG library of their own: chroma is enlarged in different ways."""
+    source, path = damaged_beton
+    beton, data = open_beton(path), path.read_bytes()
+    (frames,) = with_policy(source, "replace", []).stream([np.array([0, 9, 20])], salt=0)
+    for row, i in enumerate((0, 9, 20)):
+        start, (height, width) = int(frames.offset[row]), beton.size[i]
+        ours = frames.pixels[start : start + 3 * height * width].numpy().reshape(height, width, 3)
+        jpeg = data[beton.data_ptr[i] : beton.data_ptr[i] + beton.data_size[i]]
+        theirs = np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"))
+        assert np.abs(ours.astype(int) - theirs).mean() < 2
+
+
+def config(train: Path, val: Path | None, tmp_path: Path, **data) -> Config:
+    return Config.model_validate(
+        {
+            "data": {"source": {"name": "folder", "train": train, "val": val, "workers": 2}, **data},
+            "views": VIEWS.model_dump(),
+            "encoder": {"name": "resnet_small"},
+            "method": {"name": "ressl"},
+            "optim": {"name": "sgd", "epochs": 10, "batch_size": GLOBAL_BATCH, "lr": 0.1},
+            "evaluate": {"size": 12},
+            "run": {"out_dir": tmp_path, "seed": SEED},
+        }
+    )
+
+
+def test_build_loaders_joins_what_the_config_names(folder, sources, tmp_path):
+    loaders = build_loaders(config(folder, folder, tmp_path), device=CPU, rank=1, world_size=2)
+    expected = stream(sources("folder"), rank=1, world_size=2)
+    assert loaders.train.steps_per_epoch == 4
+    assert all(same(a, b) for a, b in zip(loaders.train.epoch(0), expected.epoch(0), strict=True))
+    assert loaders.probes.count("val") == COUNT
+
+
+def test_splits_of_different_classes_are_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "val")
+    (tmp_path / "val" / "c").rename(tmp_path / "val" / "d")
+    with pytest.raises(DataError, match=r"not in both: c, d"):
+        build_loaders(config(folder, tmp_path / "val", tmp_path), device=CPU)
+
+
+@pytest.mark.parametrize("name", ["resident", "ffcv"])
+def test_a_file_that_is_missing_is_named_when_the_source_is_built(name, tmp_path):
+    if name == "ffcv":
+        pytest.importorskip("ffcv")
+    cfg = config(tmp_path, None, tmp_path).data
+    kind = {"name": name, "train": tmp_path / "gone"}
+    cfg = DataConfig.model_validate(cfg.model_dump() | {"source": kind})
+    with pytest.raises(DataError, match="gone"):
+        build_source(cfg, cfg.source.train, CPU)
+
+
+@pytest.mark.gpu
+def test_a_resident_set_on_the_gpu_gives_the_views_of_the_cpu(sources):
+    on_cpu = sources("resident")
+    on_gpu = copy.copy(on_cpu)
+    on_gpu.all = on_cpu.all.to(torch.device("cuda"))
+    theirs = replace(stream(on_gpu), device=torch.device("cuda"))
+    for a, b in zip(stream(on_cpu).epoch(0), theirs.epoch(0), strict=True):
+        assert torch.equal(a.index, b.index.cpu())
+        for x, y in zip(views(a), views(b), strict=True):
+            assert (x - y.cpu()).abs().max() < 1e-3

@@ -1,0 +1,132 @@
+"""Who gets which image: permutations, ranks, steps, resumption."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from pipelines.sampler import Sampler, mix64, permutation, shard
+from ressl.batch import DataError
+
+
+def joined(batches) -> list[int]:
+    return [int(i) for batch in batches for i in batch]
+
+
+def steps(sampler: Sampler, epoch: int, start: int = 0) -> list[list[int]]:
+    """Images of this rank, one list for each optimizer step."""
+    batches = [batch.tolist() for batch in sampler.epoch(epoch, start)]
+    n = sampler.accumulate
+    return [sum(batches[i : i + n], []) for i in range(0, len(batches), n)]
+
+
+def test_mix64_gives_the_published_sequence_of_splitmix64():
+    golden, seed = 0x9E3779B97F4A7C15, 1234567
+    states = np.array([(seed + i * golden) % 2**64 for i in range(5)], np.uint64)
+    published = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+    assert mix64(states).tolist() == published
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 10, 1000, 65537])
+def test_a_permutation_holds_every_image_once(count):
+    assert np.array_equal(np.sort(permutation(count, seed=5, epoch=3)), np.arange(count))
+
+
+def test_permutations_never_change():
+    assert permutation(12, seed=0, epoch=0).tolist() == [2, 6, 5, 3, 0, 4, 11, 7, 1, 10, 8, 9]
+    assert permutation(12, seed=2**31 - 1, epoch=199).tolist() == [4, 11, 1, 2, 0, 5, 10, 7, 3, 8, 6, 9]
+    assert permutation(1_281_167, seed=7, epoch=11)[:5].tolist() == [1173335, 1192095, 161722, 876626, 1180186]
+
+
+def test_permutations_differ_by_seed_and_epoch():
+    orders = {tuple(permutation(50, seed, epoch)) for seed in range(12) for epoch in range(12)}
+    assert len(orders) == 144
+
+
+def test_every_place_gets_every_image_equally_often():
+    count, epochs = 8, 4000
+    table = np.zeros((count, count))
+    for epoch in range(epochs):
+        table[np.arange(count), permutation(count, seed=1, epoch=epoch)] += 1
+    expected = epochs / count
+    chi_square = ((table - expected) ** 2 / expected).sum()
+    freedom = (count - 1) ** 2
+    assert abs(chi_square - freedom) < 4 * np.sqrt(2 * freedom)
+
+
+def test_neighbours_are_not_kept_together():
+    order = permutation(100_000, seed=0, epoch=0)
+    assert (np.abs(np.diff(order)) == 1).sum() < 2 + 4 * np.sqrt(2)  # Poisson with a mean of 2
+
+
+@pytest.mark.parametrize(("images", "batch"), [(24, 24), (25, 24), (47, 24), (48, 24), (1000, 24)])
+def test_exactly_the_rest_of_the_permutation_is_left_out(images, batch):
+    sampler = Sampler(images, batch, seed=3)
+    seen = joined(sampler.epoch(4))
+    assert sampler.steps_per_epoch == images // batch
+    assert len(seen) == images - images % batch
+    assert seen == permutation(images, 3, 4)[: len(seen)].tolist()
+
+
+def test_other_images_are_left_out_in_other_epochs():
+    sampler = Sampler(29, 24, seed=0)
+    left_out = {frozenset(range(29)) - set(joined(sampler.epoch(epoch))) for epoch in range(10)}
+    assert len(left_out) > 5
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+def test_ranks_together_give_the_order_of_one_rank(world_size, accumulate):
+    one = steps(Sampler(200, 72, seed=1), 5)
+    ranks = [steps(Sampler(200, 72, 1, rank, world_size, accumulate), 5) for rank in range(world_size)]
+    together = [sum(parts, []) for parts in zip(*ranks, strict=True)]
+    assert together == one
+    assert all(len(part) == 72 // world_size for rank in ranks for part in rank)
+
+
+def test_a_step_comes_as_micro_batches_of_equal_size():
+    batches = list(Sampler(100, 48, seed=0, rank=1, world_size=2, accumulate=4).epoch(0))
+    assert [len(batch) for batch in batches] == [6] * 8
+    assert all(batch.dtype == np.int64 for batch in batches)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("start", range(6))
+def test_an_epoch_can_be_taken_up_at_any_step(start, accumulate):
+    sampler = Sampler(64, 12, seed=9, rank=1, world_size=3, accumulate=accumulate)
+    assert steps(sampler, 2, start) == steps(sampler, 2)[start:]
+
+
+def test_an_epoch_is_the_same_each_time_it_is_asked_for():
+    sampler = Sampler(64, 12, seed=9)
+    assert joined(sampler.epoch(3)) == joined(Sampler(64, 12, seed=9).epoch(3)) == joined(sampler.epoch(3))
+
+
+def test_a_batch_that_does_not_split_is_refused_with_what_would():
+    with pytest.raises(DataError) as refused:
+        Sampler(1000, 100, seed=0, world_size=8, accumulate=3)
+    assert str(refused.value) == (
+        "optim.batch_size=100 does not split over 8 processes x optim.accumulate=3: choose a multiple of 24"
+    )
+
+
+def test_fewer_images_than_one_batch_are_refused():
+    with pytest.raises(DataError) as refused:
+        Sampler(1023, 1024, seed=0, world_size=8)
+    assert str(refused.value) == (
+        "1,023 images are fewer than one batch of optim.batch_size=1,024 (8 processes x 128): lower optim.batch_size"
+    )
+
+
+@pytest.mark.parametrize(("count", "world_size"), list(itertools.product([0, 1, 7, 8, 1000], [1, 2, 3, 8])))
+def test_shards_cover_everything_once_in_order_and_evenly(count, world_size):
+    parts = [shard(count, rank, world_size) for rank in range(world_size)]
+    assert np.concatenate(parts).tolist() == list(range(count))
+    lengths = [len(part) for part in parts]
+    assert max(lengths) - min(lengths) <= 1
