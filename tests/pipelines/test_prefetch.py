@@ -116,8 +116,8 @@ def test_an_endless_stream_can_be_left_while_the_thread_waits_for_room():
         finally:
             closed.set()
 
-    before = threads()
-    frames = prefetch(stream(), CPU, depth=2)
+    before, held = threads(), stream()  # held here, so that only the thread can close it
+    frames = prefetch(held, CPU, depth=2)
     next(frames)
     (thread,) = threads() - before
     time.sleep(0.05)  # by now the queue is full and the thread waits
