@@ -8,9 +8,10 @@ This is the only file that knows pipelines/, ressl/ and tools/ alike. `python la
 
 import errno
 import json
-import os
+import shlex
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,6 +24,7 @@ from pipelines import build_loaders, build_source
 from pipelines.loader import ViewStream
 from ressl import checkpoint
 from ressl.batch import DataError
+from ressl.batchnorm import average_statistics_, normalised_together
 from ressl.config import Config
 from ressl.config_file import ConfigError, load_config
 from ressl.evals.features import NonFiniteFeatures
@@ -31,14 +33,14 @@ from ressl.method import build_method
 from ressl.optim import build_optimizer
 from ressl.recorder import NonFiniteLoss, Recorder
 from ressl.run_dir import RunDirError, check_run_dir, checkpoint_path, config_path, keep_metrics_until, make_run_dir
-from ressl.runtime import MachineError, Runtime
+from ressl.runtime import MachineError, Runtime, launched
 from ressl.trainer import train
 from tools.convert import DiskFull
 from tools.convert import convert as convert_data
 from tools.doctor import run_doctor
 from tools.plan import make_plan, print_plan
 from tools.preview import save_views
-from tools.processes import ProcessesFailed, first_to_fail, run_processes
+from tools.processes import ProcessesFailed, end_with_launcher, first_to_fail, run_processes
 from tools.quickstart import quickstart as run_quickstart
 
 HELP = """Relational self-supervised learning: prepare images, pretrain an encoder, evaluate it.
@@ -64,7 +66,7 @@ ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file 
 
 def run(cfg: Config, console: Console) -> float:
     """Trains one run in this process, which may be one of several, and returns its images per second."""
-    runtime = Runtime(cfg.run, expected_world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    runtime = Runtime(cfg.run)
     torch.manual_seed(cfg.run.seed)  # the same on every rank: it draws the initial weights and the initial queue
     loaders = build_loaders(
         cfg,
@@ -74,18 +76,21 @@ def run(cfg: Config, console: Console) -> float:
         world_size=runtime.world_size,
         report=lambda message: recorder.bad_image(message),
     )
+    per_rank = cfg.optim.batch_size // runtime.world_size // cfg.optim.accumulate
+    normalised_together(cfg.encoder.batchnorm, per_rank, runtime.world_size)  # refuses a batch that cannot be split
+    if cfg.run.knn_every and loaders.probes.num_classes == 0:
+        raise DataError("run.knn_every: the images have no labels (one directory for each class gives them)")
     method = build_method(cfg.method, cfg.encoder, runtime.collectives).to(runtime.device)
     optimizer = build_optimizer(method.student, cfg.optim)
-    if runtime.is_main:
-        make_run_dir(cfg)
+
+    path, images = checkpoint_path(cfg.run.out_dir), loaders.probes.count("train")
+    lock = make_run_dir(cfg) if runtime.is_main else nullcontext()
     runtime.wait_for_everyone()
-    start_step = 0
-    if checkpoint_path(cfg.run.out_dir).exists():
-        start_step = checkpoint.restore(checkpoint_path(cfg.run.out_dir), method=method, optimizer=optimizer)
+    start_step = checkpoint.restore(path, method=method, optimizer=optimizer, images=images) if path.exists() else 0
     if runtime.is_main:
         keep_metrics_until(cfg.run.out_dir, start_step)
-        if start_step:
-            console.print(f"going on from {checkpoint_path(cfg.run.out_dir)}, after step {start_step:,}")
+        for line in remarks(cfg, runtime.world_size) + ([f"going on after step {start_step:,}"] if start_step else []):
+            console.print(line, soft_wrap=True)
     recorder = Recorder(
         cfg.run.out_dir,
         console,
@@ -94,27 +99,24 @@ def run(cfg: Config, console: Console) -> float:
         steps_per_epoch=loaders.train.steps_per_epoch,
         epochs=cfg.optim.epochs,
         start_step=start_step,
-        active=runtime.is_main,
+        rank=runtime.rank,
+        mean=runtime.collectives.mean,
         track=runtime.track if cfg.run.tensorboard else None,
     )
 
     def on_epoch_end(epochs: int, step: int) -> None:
         last = epochs == cfg.optim.epochs
+        average_statistics_(method, runtime.collectives)
         if runtime.is_main and (last or epochs % cfg.run.checkpoint_every == 0):
-            checkpoint.save(checkpoint_path(cfg.run.out_dir), step=step, method=method, optimizer=optimizer)
+            checkpoint.save(path, step=step, images=images, method=method, optimizer=optimizer)
         if cfg.run.knn_every and (last or epochs % cfg.run.knn_every == 0):
             started = time.perf_counter()
-            found = evaluate_backbone(
-                method.student.get_submodule("backbone"),
-                loaders.probes,
-                cfg.evaluate,
-                linear=False,
-                gather=runtime.gather_rows,
-            )
+            backbone = method.student.get_submodule("backbone")
+            found = evaluate_backbone(backbone, loaders.probes, cfg.evaluate, linear=False, gather=runtime.gather_rows)
             recorder.evaluated(step, found, time.perf_counter() - started)
         recorder.restart_clock()
 
-    with runtime.trackers(), recorder:
+    with lock, runtime.trackers(), recorder:
         train(
             method, loaders.train, optimizer, runtime, recorder, cfg.optim, start_step=start_step,
             on_epoch_end=on_epoch_end,
@@ -122,13 +124,26 @@ def run(cfg: Config, console: Console) -> float:
     return recorder.images_per_s
 
 
+def remarks(cfg: Config, world_size: int) -> list[str]:
+    """What is allowed and yet may not be meant."""
+    found = []
+    if cfg.method.teacher_temperature >= cfg.method.student_temperature:
+        temperatures = f"{cfg.method.teacher_temperature} >= {cfg.method.student_temperature}"
+        found.append(f"note: teacher_temperature {temperatures} student_temperature: targets flatter than predictions")
+    if cfg.encoder.batchnorm.name == "shuffle" and world_size == 1:
+        found.append("note: encoder.batchnorm shuffle has nothing to shuffle on one process; it is as local")
+    return found
+
+
 def evaluate_run(
     cfg: Config, console: Console, *, network: Literal["student", "teacher"], knn: bool, linear: bool, untrained: bool
 ) -> dict[str, float]:
-    """Evaluates the backbone of a run's checkpoint, or of the same seed before training."""
+    """Evaluates the backbone of a run's checkpoint, or of the same seed before training. Always in float32."""
     runtime = Runtime(cfg.run)
     torch.manual_seed(cfg.run.seed)
-    loaders = build_loaders(cfg, device=runtime.device, report=lambda message: console.print(f"warning: {message}"))
+    loaders = build_loaders(
+        cfg, device=runtime.device, report=lambda message: console.print(f"warning: {message}", style="yellow")
+    )
     method = build_method(cfg.method, cfg.encoder, runtime.collectives).to(runtime.device)
     if not untrained:
         checkpoint.restore(checkpoint_path(cfg.run.out_dir), method=method)
@@ -153,14 +168,16 @@ def evaluate_run(
 def quickstart(
     out: Annotated[Path, typer.Option(help="directory of the run, replaced if it exists")] = Path("runs/quickstart"),
     images: Annotated[Path | None, typer.Option(help="image folder or IDX directory instead of Fashion-MNIST")] = None,
-    epochs: Annotated[int, typer.Option(help="0: as the config says, or more on a GPU")] = 0,
+    epochs: Annotated[int, typer.Option(help="0: 5, or 30 on a GPU", min=0)] = 0,
 ) -> None:
     """Trains ReSSL on real images in a few minutes, and shows what it learned.
 
     Takes Fashion-MNIST (70,000 images; the Debian package, or a download), writes it as an FFCV file, draws a picture
     of weak and strong views, pretrains a small ResNet, and evaluates it before and after.
     """
-    run_quickstart(out, images, epochs, Console(), train=run, evaluate=_evaluate_for_quickstart, views=_save_views)
+    run_quickstart(
+        out, images, epochs, plain_console(), train=run, evaluate=_evaluate_for_quickstart, views=_save_views
+    )
 
 
 @app.command()
@@ -173,13 +190,15 @@ def convert(
     max_side: Annotated[int | None, typer.Option(help="shrink larger images to this longer side, pixels")] = None,
     split: Annotated[str | None, typer.Option(help="take only this split, or name the only one")] = None,
     max_skipped: Annotated[float, typer.Option(help="share of unreadable images above which it fails")] = 0.01,
-    workers: Annotated[int, typer.Option(help="threads; 0: all cores")] = 0,
+    workers: Annotated[int, typer.Option(help="threads; 0: all cores", min=0)] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace files that exist")] = False,
 ) -> None:
     """Turns images into the files that the sources `ffcv` and `resident` read.
 
     Every image is decoded and checked. What cannot be read is named, counted, left out and listed in manifest.json.
     """
+    if not src.strip():
+        raise ConfigError("convert: SRC is empty")
     convert_data(
         src, dst, to, mode=mode, quality=quality, max_side=max_side, split=split, max_skipped=max_skipped,
         workers=workers, overwrite=overwrite, console=Console(),
@@ -192,11 +211,13 @@ def views(
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="the picture, PNG")] = Path("views.png"),
     images: Annotated[int, typer.Option(help="rows of the picture", min=1, max=64)] = 8,
-    epoch: Annotated[int, typer.Option(help="of which the first images are shown", min=0)] = 0,
+    epoch: Annotated[int, typer.Option(help="of which the first images are shown", min=0, max=2**31)] = 0,
 ) -> None:
     """Draws what the networks see: each image with its weak view and its strong views, as the run would make them."""
+    if not out.name:
+        raise ConfigError(f"--out {out}: expected the name of a file, such as views.png")
     _save_views(load_config(config, overrides or []), out, images, epoch)
-    Console().print(f"wrote {out}")
+    plain_console().print(f"wrote {out}", soft_wrap=True)
 
 
 @app.command()
@@ -207,33 +228,40 @@ def pretrain(
     processes: Annotated[int, typer.Option(help="processes on the CPU, joined by gloo", min=0)] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print what the run would be, and stop")] = False,
 ) -> None:
-    """Trains an encoder. A directory that holds this run's checkpoint goes on after its last whole epoch.
+    """Trains an encoder. A directory that holds this run's checkpoint goes on after it.
 
     Without --gpus and --processes it trains in this process, on a GPU if there is one. A batch is optim.batch_size
-    images over all processes, so the number of processes changes the speed and not the recipe.
+    images over all processes, and so are the images of each step, their order and their views; what batch norm
+    normalises together depends on the number of processes unless encoder.batchnorm is sync (--dry-run shows it).
     """
     cfg = load_config(config, overrides or [])
     if gpus and processes:
         raise ConfigError("--gpus and --processes exclude each other: --processes is for the CPU")
+    if (gpus and cfg.run.device == "cpu") or (processes and cfg.run.device == "cuda"):
+        raise ConfigError(f"run.device={cfg.run.device} contradicts {'--gpus' if gpus else '--processes'}")
     if gpus > torch.cuda.device_count():
         raise MachineError(f"--gpus {gpus}, but torch sees {torch.cuda.device_count()} GPUs here: `launch.py doctor`")
     if processes:
         cfg = cfg.model_copy(update={"run": cfg.run.model_copy(update={"device": "cpu"})})
-    world_size = gpus or processes or 1
-    console = Console()
-    if "RANK" in os.environ:
+    world_size, console = gpus or processes or 1, plain_console()
+    if launched():
+        end_with_launcher()
         run(cfg, console)
         return
     check_run_dir(cfg)
     if dry_run:
-        source = build_source(cfg.data, cfg.data.source.train, torch.device("cpu"))
-        print_plan(make_plan(cfg, images=len(source.labels), world_size=world_size), cfg, console)
-    elif world_size > 1:
-        run_processes([*sys.argv, *(["run.device=cpu"] if processes else [])], world_size)
-        _print_end(cfg, console)
+        sources = cfg.data.source.train, cfg.data.source.val
+        train_source, *_ = [build_source(cfg.data, path, torch.device("cpu")) for path in sources if path]
+        print_plan(make_plan(cfg, images=len(train_source.labels), world_size=world_size), cfg, console)
+        for line in remarks(cfg, world_size):
+            console.print(line, soft_wrap=True)
+        return
+    if world_size > 1:
+        run_processes(sys.argv, world_size)
     else:
         run(cfg, console)
-        _print_end(cfg, console)
+    console.print(f"wrote {checkpoint_path(cfg.run.out_dir)}; evaluate it with", soft_wrap=True)
+    console.print(f"python launch.py evaluate {shlex.quote(str(cfg.run.out_dir))}", soft_wrap=True)
 
 
 @app.command()
@@ -248,19 +276,22 @@ def evaluate(
     """Measures what a run's encoder has learned: kNN and linear top-1 accuracy, as the config's `evaluate` says."""
     if not config_path(run_dir).is_file():
         raise ConfigError(f"{run_dir}: no run here (there is no config.yaml)")
-    cfg = load_config(config_path(run_dir), [f"run.out_dir={json.dumps(str(run_dir))}", *(overrides or [])])
-    console, started = Console(), time.perf_counter()
+    if not knn and not linear:
+        raise ConfigError("--no-knn and --no-linear leave nothing to do")
+    forced = [f"run.out_dir={json.dumps(str(run_dir))}", "run.precision=fp32"]
+    cfg = load_config(config_path(run_dir), [*(overrides or []), *forced])
+    console, started = plain_console(), time.perf_counter()
     found = evaluate_run(cfg, console, network=network, knn=knn, linear=linear, untrained=untrained)
     name = "untrained" if untrained else network
     record = {"network": name, **found, "seconds": round(time.perf_counter() - started, 1)}
-    with (run_dir / "evaluations.jsonl").open("a") as file:
-        file.write(json.dumps({**record, "evaluate": cfg.evaluate.model_dump(mode="json")}) + "\n")
     table = Table(title=f"{run_dir}, {name}", title_justify="left")
     for column in ("evaluation", "top-1"):
         table.add_column(column)
     for key, value in found.items():
         table.add_row({"linear_best": "linear, best epoch on the test images"}.get(key, key), f"{100 * value:.2f} %")
     console.print(table)
+    with (run_dir / "evaluations.jsonl").open("a") as file:
+        file.write(json.dumps({**record, "evaluate": cfg.evaluate.model_dump(mode="json")}) + "\n")
 
 
 @app.command()
@@ -269,8 +300,9 @@ def doctor() -> None:
     raise typer.Exit(run_doctor(Console()))
 
 
-def _print_end(cfg: Config, console: Console) -> None:
-    console.print(f"done: {checkpoint_path(cfg.run.out_dir)}; evaluate it: python launch.py evaluate {cfg.run.out_dir}")
+def plain_console() -> Console:
+    """Prints text as it is: a path may hold [brackets], which rich would take for its own."""
+    return Console(markup=False, highlight=False)
 
 
 def _save_views(cfg: Config, out: Path, images: int = 8, epoch: int = 0) -> None:
@@ -301,10 +333,12 @@ def main() -> int:
     except (MachineError, DiskFull, checkpoint.SaveError) as error:
         return _fail(error, 4)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
-            raise
-        return _fail(f"{error.filename or 'a file'}: {error.strerror}", 4)
-    except (NonFiniteLoss, NonFiniteFeatures) as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EMFILE)
+        return _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 4 if full else 2)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "out of memory"
+        return _fail(f"{reason}; lower optim.batch_size or method.queue_size, or raise optim.accumulate", 4)
+    except (NonFiniteLoss, NonFiniteFeatures, checkpoint.NonFiniteWeights) as error:
         return _fail(error, 5)
     except SystemExit as stop:  # typer has said what there is to say, except after Ctrl-C
         return _fail("stopped", STOPPED) if stop.code == STOPPED else int(stop.code or 0)

@@ -93,6 +93,8 @@ class Source(Protocol):
 
 
 def stand_in(position: int, attempt: int, salt: int, count: int) -> int:
-    """The position that takes the place of one that cannot be read; `attempt` counts from 0."""
+    """Another position, to take the place of one that cannot be read; `attempt` counts from 0."""
+    if count == 1:
+        return position
     key = np.array([position + attempt * count], np.uint64) ^ mix64(np.array([salt], np.uint64))
-    return int(mix64(key)[0] % np.uint64(count))
+    return (position + 1 + int(mix64(key)[0] % np.uint64(count - 1))) % count

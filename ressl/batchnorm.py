@@ -26,8 +26,6 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     def forward(self, images: Tensor) -> Tensor:  # (B, C, H, W)
         if not self.training:
             return super().forward(images)
-        if len(images) % self.groups:
-            raise DataError(f"{len(images)} images do not split into encoder.batchnorm.groups={self.groups}")
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
         means = self.running_mean.repeat(self.groups, 1).unbind()
         variances = self.running_var.repeat(self.groups, 1).unbind()
@@ -67,6 +65,41 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         scale = self.weight * torch.rsqrt(variance + self.eps)
         shift = self.bias - mean * scale
         return (x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)).to(images.dtype)
+
+
+def normalised_together(policy: BatchNorm, images: int, world_size: int) -> int:
+    """How many images share their statistics, where each rank passes `images` at a time. Raises DataError where they
+    cannot be dealt out."""
+    match policy:
+        case LocalBatchNorm():
+            together = images
+        case SyncBatchNorm():
+            together = images * world_size
+        case SplitBatchNorm(groups=groups):
+            if images % groups:
+                raise DataError(f"{images} images do not split into encoder.batchnorm.groups={groups}")
+            together = images // groups
+        case ShuffleBatchNorm():
+            if images % world_size:
+                raise DataError(
+                    f"{images} images of a rank cannot be dealt out over {world_size} ranks (batchnorm shuffle)"
+                )
+            together = images
+    if together < 2:
+        raise DataError("batch norm needs at least 2 images together: raise optim.batch_size or lower optim.accumulate")
+    return together
+
+
+@torch.no_grad()
+def average_statistics_(module: nn.Module, collectives: Collectives) -> None:
+    """Replaces the running statistics of each rank by their mean over the ranks, in place. Training does not read them;
+    evaluations and checkpoints then are the same whichever rank makes them."""
+    if collectives.world_size == 1:
+        return
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None and layer.running_var is not None:
+            for statistic in (layer.running_mean, layer.running_var):
+                statistic.copy_(collectives.mean(statistic))
 
 
 def set_batchnorm_(module: nn.Module, policy: BatchNorm, collectives: Collectives) -> None:

@@ -11,13 +11,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 
 def _expand(path: Path) -> Path:
+    if "\0" in str(path):
+        raise ValueError("a path without NUL bytes")
     return Path(os.path.expandvars(path.expanduser()))
 
 
 UserPath = Annotated[Path, AfterValidator(_expand)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=2**24)]
 Range = tuple[float, float]
 
 
@@ -136,7 +138,8 @@ class SplitBatchNorm(Section):
 
 
 class ShuffleBatchNorm(Section):
-    """Ranks normalise apart and exchange the teacher's images, so that no rank sees both views of an image."""
+    """Ranks normalise apart and deal the teacher's images out over all ranks, so that no two views of the same images
+    are normalised together. On one process there is nothing to deal: as `local`."""
 
     name: Literal["shuffle"]
 
@@ -193,7 +196,7 @@ class SGDConfig(Section):
     """Images per step over all ranks and micro-batches."""
     accumulate: Count = 1
     """Micro-batches of a step: each rank goes forward and backward this many times before the optimizer moves."""
-    lr: Positive
+    lr: Annotated[float, Field(gt=0, le=1e30)]
     lr_scaling: Literal["none", "linear"] = "none"
     """linear: `lr` is meant for 256 images a step and grows with batch_size."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -266,7 +269,8 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is a GPU, else the CPU."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    """Of the networks; the loss is float32 in all of them. tf32: float32, but faster, coarser convolutions on a GPU."""
     log_every: Count = 50
     """Steps between reads of the loss from the device; each read waits for the device."""
     knn_every: Annotated[int, Field(ge=0)] = 0

@@ -31,7 +31,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         # By way of JSON, because pydantic's strict mode then takes lists for tuples and strings for paths, and nothing
         # else for anything: no "10" for 10, no 1 for true.
         config = Config.model_validate_json(json.dumps(raw, default=str), strict=True)
-    except ValidationError as error:
+    except (TypeError, ValueError, RecursionError) as error:
+        if not isinstance(error, ValidationError):  # from json: keys that are no text
+            raise ConfigError(f"{path}: the keys of a config are words: {error}") from None
         found = error.errors()
         # a tuple whose only item is wrong is also reported as too short: keep the inner problem alone
         inner = [e for e in found if not any(o["loc"][: len(e["loc"])] == e["loc"] and o is not e for o in found)]
@@ -50,7 +52,16 @@ def save_config(config: Config, path: Path) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 1e-4 is a number, and a key that stands twice is an error."""
+    """YAML as people write it: 1e-4 is a number, a key that stands twice is an error, and so is an alias: aliases of
+    aliases can make a small file grow beyond any memory."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(
+                None, None, f"alias *{event.anchor}: write the value out", event.start_mark
+            )
+        return super().compose_node(parent, index)
 
 
 _Loader.add_implicit_resolver(
@@ -101,6 +112,8 @@ def _override(raw: dict[str, Any], item: str) -> str | None:
     except yaml.YAMLError:
         return f"{key}: {text!r} is not a YAML value"
     *sections, leaf = key.split(".")
+    if not leaf or not all(sections):
+        return f"{item}: an override is written section.key=value"
     node: Any = raw
     for section in sections:
         if isinstance(node, list) and section.isdigit() and int(section) < len(node):
@@ -126,12 +139,16 @@ def _describe(error: ErrorDetails, raw: dict[str, Any]) -> str:
     match error["type"]:
         case "extra_forbidden":
             return f"{where}: unknown key{_suggest(str(path[-1]), _known_keys(path[:-1], raw))}"
+        case "json_invalid":
+            return "holds text that is not valid Unicode"
         case "missing":
             return f"{where}: missing"
         case "union_tag_invalid" | "union_tag_not_found":
             names = error["ctx"]["expected_tags"] if "expected_tags" in error.get("ctx", {}) else "one of its names"
             chosen = node.get("name") if isinstance(node, dict) else node
             return f"{where}.name: {chosen!r} is not one of {names}".replace("'", "")
+        case "value_error" if isinstance(error["input"], str):
+            return f"{where}: expected {error['ctx']['error']}, got {got}"
         case "value_error":  # from a model's own check: its message starts with the key
             return (f"{where}." if where else "") + str(error["ctx"]["error"])
         case "literal_error":

@@ -6,16 +6,17 @@ Reading a value waits for the device, and this is the only place of the training
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from ressl.run_dir import metrics_path
+from ressl.run_dir import bad_images_path, metrics_path
 
 LINE_EVERY_S = 30  # where there is no live bar, as in a log file, no silence is longer than this and one record
 
@@ -27,8 +28,8 @@ class NonFiniteLoss(RuntimeError):
 class Recorder:
     """Holds device tensors between records and reads them every `every` steps and at the end of each epoch.
 
-    `images` is the number of images of a step over all ranks; `track` also gets every record, if given. On ranks other
-    than the main one it is silent and only checks the loss.
+    `images` is the number of images of a step over all ranks, `mean` averages values over the ranks, and `track` also
+    gets every record, if given. On other ranks than 0 it is silent and only checks the loss.
     """
 
     def __init__(
@@ -41,9 +42,12 @@ class Recorder:
         steps_per_epoch: int,
         epochs: int,
         start_step: int = 0,
-        active: bool = True,
+        rank: int = 0,
+        mean: Callable[[Tensor], Tensor] = lambda values: values,
         track: Callable[[int, dict[str, float]], None] | None = None,
     ) -> None:
+        active = rank == 0
+        self.rank, self.mean, self.out_dir = rank, mean, out_dir
         self.every, self.images, self.active, self.track = every, images, active, track
         self.steps_per_epoch, self.epochs = steps_per_epoch, epochs
         self.console = console
@@ -76,16 +80,20 @@ class Recorder:
     ) -> None:
         self.progress.stop()
 
-    def step(self, step: int, logs: Mapping[str, Tensor], *, lr: float) -> None:
-        """Takes the logs of optimizer step `step`, counted from 1. Most calls only return."""
+    def step(self, step: int, logs: Sequence[Mapping[str, Tensor]], *, lr: float) -> None:
+        """Takes the logs of the micro-batches of optimizer step `step`, counted from 1. Most calls only return; the
+        others record the mean over micro-batches and ranks."""
         end_of_epoch = step % self.steps_per_epoch == 0
         if step % self.every and not end_of_epoch:
             return
-        values = {name: float(tensor) for name, tensor in logs.items()}  # waits for the device
+        names = list(logs[0])
+        means = self.mean(torch.stack([torch.stack([micro[n].float() for n in names]) for micro in logs]).mean(0))
+        values = dict(zip(names, means.tolist(), strict=True))  # waits for the device
         if not math.isfinite(values["loss"]):
             raise NonFiniteLoss(
                 f"the loss is {values['loss']} at step {step:,}: lower optim.lr, or use run.precision=fp32 or bf16"
             )
+        self.logged = names
         seconds = time.perf_counter() - self.since
         images = (step - self.last_step) * self.images
         self.trained_s, self.trained_images = self.trained_s + seconds, self.trained_images + images
@@ -116,9 +124,11 @@ class Recorder:
         self.restart_clock()
 
     def bad_image(self, message: str) -> None:
-        """An image that could not be read and was replaced: never silent."""
-        self.write(self.last_step, {"bad_image": message})
-        self.console.print(f"[yellow]warning:[/] {message}", highlight=False, soft_wrap=True)
+        """An image that could not be read and was replaced: never silent. Every rank adds to the same file."""
+        record = {"after_step": self.last_step, "rank": self.rank, "message": message}
+        with bad_images_path(self.out_dir).open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        self.console.print(f"warning: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     def restart_clock(self) -> None:
         """Leaves the time since the last record out of the rates."""
@@ -135,9 +145,10 @@ class Recorder:
             return
         total = self.epochs * self.steps_per_epoch
         left = (total - step) * self.images / self.images_per_s
+        others = "".join(f"{name} {values[name]:.3f}  " for name in self.logged if name != "loss")
         self.console.print(
             f"epoch {epoch}/{self.epochs}  step {step:,}/{total:,}  loss {values['loss']:.4f}  "
-            f"agreement {values['agreement']:.3f}  {self.images_per_s:,.0f} images/s  {_duration(left)} left",
+            f"{others}{self.images_per_s:,.0f} images/s  {_duration(left)} left",
             highlight=False,
             soft_wrap=True,
         )

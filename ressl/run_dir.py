@@ -1,17 +1,21 @@
 """The directory of a run: config.yaml says whose it is, metrics.jsonl what happened, checkpoint.pt where to go on."""
 
+import fcntl
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ressl.config import Config
 from ressl.config_file import ConfigError, load_config, save_config
 
-# keys that may differ between a run and its continuation: they change nothing that is computed
-FREE = {
-    "data.prefetch", "data.source.workers", "run.checkpoint_every", "run.device", "run.knn_every", "run.log_every",
-    "run.out_dir", "run.tensorboard",
-}  # fmt: skip
+# keys, and beginnings of keys, that may differ between a run and its continuation: training does not depend on them
+FREE = (
+    "data.prefetch", "data.source.val", "data.source.workers", "evaluate.", "run.checkpoint_every", "run.device",
+    "run.knn_every", "run.log_every", "run.out_dir", "run.tensorboard",
+)  # fmt: skip
+
+
+LOCK = ".lock"
 
 
 class RunDirError(ValueError):
@@ -30,6 +34,10 @@ def metrics_path(out_dir: Path) -> Path:
     return out_dir / "metrics.jsonl"
 
 
+def bad_images_path(out_dir: Path) -> Path:
+    return out_dir / "bad_images.jsonl"
+
+
 def check_run_dir(cfg: Config) -> None:
     """Raises RunDirError if `cfg.run.out_dir` cannot be this run's. Changes nothing on the disk."""
     out_dir = cfg.run.out_dir
@@ -41,7 +49,7 @@ def check_run_dir(cfg: Config) -> None:
     if not out_dir.is_dir():
         raise RunDirError(f"run.out_dir={out_dir} is a file: choose another")
     if not config_path(out_dir).exists():
-        if any(out_dir.iterdir()):
+        if any(path.name != LOCK for path in out_dir.iterdir()):
             raise RunDirError(f"run.out_dir={out_dir} is not empty and holds no run: choose another")
         return
     try:
@@ -49,22 +57,31 @@ def check_run_dir(cfg: Config) -> None:
     except ConfigError as error:
         raise RunDirError(f"run.out_dir={out_dir} holds a run of another version: choose another\n{error}") from None
     differing = differences(there, cfg)
-    if differing:
+    started = checkpoint_path(out_dir).exists() or metrics_path(out_dir).exists()
+    if differing and started:
         raise RunDirError(
             f"run.out_dir={out_dir} holds a run of another configuration: choose another, or remove it\n"
             + "\n".join(f"  {key}: {old} there, {new} here" for key, (old, new) in differing.items())
         )
 
 
-def make_run_dir(cfg: Config) -> None:
-    """Makes the directory and writes the resolved config into it, if it is new."""
+def make_run_dir(cfg: Config) -> TextIO:
+    """Makes the directory, writes the resolved config into it, and locks it until the returned file is closed."""
     check_run_dir(cfg)
+    out_dir = cfg.run.out_dir
     try:
-        cfg.run.out_dir.mkdir(parents=True, exist_ok=True)
-        if not config_path(cfg.run.out_dir).exists():
-            save_config(cfg, config_path(cfg.run.out_dir))
+        out_dir.mkdir(parents=True, exist_ok=True)
+        lock = (out_dir / LOCK).open("w")
     except OSError as error:
-        raise RunDirError(f"run.out_dir={cfg.run.out_dir} cannot be made or written: {error.strerror}") from None
+        raise RunDirError(f"run.out_dir={out_dir} cannot be made or written: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        save_config(cfg, config_path(out_dir))
+    except BlockingIOError:
+        raise RunDirError(f"run.out_dir={out_dir} is in use by another process") from None
+    except OSError as error:
+        raise RunDirError(f"run.out_dir={out_dir} cannot be written: {error.strerror}") from None
+    return lock
 
 
 def keep_metrics_until(out_dir: Path, step: int) -> None:
@@ -73,7 +90,7 @@ def keep_metrics_until(out_dir: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
@@ -88,7 +105,7 @@ def differences(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
     """Keys whose values differ and change what is computed, with both values."""
     a, b = _flat(one.model_dump(mode="json")), _flat(other.model_dump(mode="json"))
     keys = [*a, *(key for key in b if key not in a)]
-    return {k: (a.get(k), b.get(k)) for k in keys if a.get(k) != b.get(k) and k not in FREE}
+    return {k: (a.get(k), b.get(k)) for k in keys if a.get(k) != b.get(k) and not k.startswith(FREE)}
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,14 +1,17 @@
 """Where this process runs: the only file that imports accelerate. Device, precision, DDP, collectives, trackers."""
 
 import ctypes
+import os
 import platform
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from ressl.collectives import Collectives, alone
@@ -19,20 +22,34 @@ class MachineError(RuntimeError):
     """The machine cannot do what was asked, through no fault of the config. The message says what is missing."""
 
 
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def launched() -> bool:
+    """Whether a launcher (ours, or torchrun) made this process a rank of a run. Raises MachineError if only half."""
+    there = [name for name in RANK_VARIABLES if name in os.environ]
+    if "RANK" in there and len(there) < len(RANK_VARIABLES):
+        missing = ", ".join(sorted(set(RANK_VARIABLES) - set(there)))
+        raise MachineError(f"the environment has {', '.join(there)} but not {missing}: unset them, or set all")
+    return "RANK" in there
+
+
 class Runtime:
     """The same code path serves one process and many, CPU and GPU."""
 
-    def __init__(self, cfg: RunConfig, *, expected_world_size: int = 1) -> None:
+    def __init__(self, cfg: RunConfig) -> None:
         cpu = cfg.device == "cpu" or not torch.cuda.is_available()
         if cpu and cfg.device == "cuda":
             raise MachineError("run.device=cuda, but torch sees no GPU here: see `python launch.py doctor`")
         if cpu and cfg.precision == "fp16":
             raise MachineError("run.precision=fp16 needs a GPU: choose fp32 or bf16")
+        if not launched():
+            AcceleratorState._reset_state(True)  # else a second run in a process would get the device of the first
         # broadcast_buffers=False: batch norm's statistics belong to each rank, and the queues agree without a broadcast
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         self._accelerator = Accelerator(
             cpu=cpu,
-            mixed_precision="no" if cfg.precision == "fp32" else cfg.precision,
+            mixed_precision=cfg.precision if cfg.precision in ("bf16", "fp16") else "no",
             kwargs_handlers=[ddp],
             log_with="tensorboard" if cfg.tensorboard else None,
             project_dir=str(cfg.out_dir) if cfg.tensorboard else None,
@@ -41,17 +58,26 @@ class Runtime:
         self.rank: int = self._accelerator.process_index
         self.world_size: int = self._accelerator.num_processes
         self.is_main: bool = self._accelerator.is_main_process
-        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.precision]
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.precision, torch.float32)
+        # the similarities of the loss are matrix products: they stay float32 in every precision
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        torch.backends.cudnn.conv.fp32_precision = (  # type: ignore[attr-defined]
+            "ieee" if cfg.precision == "fp32" else "tf32"
+        )
         # under a launcher, accelerate can fall back to one process for each rank, which would train W separate models
-        if self.world_size != expected_world_size:
-            raise MachineError(f"{expected_world_size} processes were started, but {self.world_size} found each other")
+        expected = int(os.environ["WORLD_SIZE"]) if launched() else 1
+        if self.world_size != expected:
+            raise MachineError(f"{expected} processes were started, but {self.world_size} found each other")
         if cpu:
             _keep_freed_memory()
         self.collectives = _collectives(self.world_size) if self.world_size > 1 else alone()
 
     def replicate(self, module: nn.Module) -> nn.Module:
         """Moves `module` to the device; calls run under autocast and, with several ranks, average the gradients."""
-        return self._accelerator.prepare_model(module)
+        with warnings.catch_warnings():
+            # its successor would also overwrite the buffers of each rank when it starts
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+            return self._accelerator.prepare_model(module)
 
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """The optimizer, unscaling fp16 gradients and leaving out steps that overflowed."""
@@ -79,12 +105,11 @@ class Runtime:
 
     @contextmanager
     def trackers(self) -> Iterator[None]:
-        """Opens the trackers for `track` and closes them at the end."""
+        """Opens the trackers for `track` and closes them at the end, and with them the group of processes. After an
+        error the process ends anyway, and must not wait for ranks that know nothing of it."""
         self._accelerator.init_trackers("tensorboard")
-        try:
-            yield
-        finally:
-            self._accelerator.end_training()
+        yield
+        self._accelerator.end_training()
 
     def track(self, step: int, values: dict[str, float]) -> None:
         self._accelerator.log(values, step=step)
@@ -105,6 +130,23 @@ def _keep_freed_memory() -> None:
     mallopt(top_pad, 64 << 20)
 
 
+class _Mean(torch.autograd.Function):
+    """The mean over the ranks. Every rank's loss depends on the mean that all see, so the gradient is a mean too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, world_size: int) -> Tensor:
+        ctx.world_size = world_size
+        total = x.clone()
+        dist.all_reduce(total)
+        return total / world_size
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total / ctx.world_size, None
+
+
 def _collectives(world_size: int) -> Collectives:
     def gather(rows: Tensor) -> Tensor:
         out = rows.new_empty(world_size * len(rows), *rows.shape[1:])
@@ -112,13 +154,9 @@ def _collectives(world_size: int) -> Collectives:
         return out
 
     def mean(x: Tensor) -> Tensor:
-        return dist_nn.all_reduce(x) / world_size
+        return _Mean.apply(x, world_size)
 
     def exchange(rows: Tensor) -> Tensor:
-        if len(rows) % world_size:
-            raise MachineError(
-                f"{len(rows)} images of a rank do not split over {world_size} ranks for batchnorm: shuffle"
-            )
         memory_format = torch.channels_last if rows.ndim == 4 else torch.contiguous_format
         sent = rows.detach().contiguous(memory_format=memory_format)
         # rows lie one after another in either layout, so the exchange can see them as plain bytes in a row

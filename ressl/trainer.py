@@ -51,6 +51,6 @@ def train(
             method.after_step(*map(runtime.collectives.gather, carries))
 
             step += 1
-            recorder.step(step, outputs[-1].logs, lr=lr)
+            recorder.step(step, [out.logs for out in outputs], lr=lr)
         on_epoch_end(epoch + 1, step)
     return step

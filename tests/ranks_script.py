@@ -3,7 +3,6 @@
 ranks_script.py CONFIG OUT [SECTION.KEY=VALUE]...
 """
 
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.console import Console
 
 from pipelines import build_loaders
 from ressl.batch import Batch
+from ressl.batchnorm import average_statistics_
 from ressl.config_file import load_config
 from ressl.method import build_method
 from ressl.optim import build_optimizer
@@ -40,18 +40,19 @@ class Witness:
 def main() -> None:
     config, out, *overrides = sys.argv[1:]
     cfg = load_config(Path(config), overrides)
-    runtime = Runtime(cfg.run, expected_world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    runtime = Runtime(cfg.run)
     torch.manual_seed(cfg.run.seed)
     loaders = build_loaders(cfg, device=runtime.device, rank=runtime.rank, world_size=runtime.world_size)
     method = build_method(cfg.method, cfg.encoder, runtime.collectives).to(runtime.device)
     witness = Witness(loaders.train)
     recorder = Recorder(
-        Path(out), Console(quiet=True), every=1, images=cfg.optim.batch_size, active=False,
+        Path(out), Console(quiet=True), every=1, images=cfg.optim.batch_size, rank=1,
         steps_per_epoch=witness.steps_per_epoch, epochs=cfg.optim.epochs,
     )  # fmt: skip
     rows = torch.arange(4 * runtime.world_size).view(-1, 1) + 100.0 * runtime.rank
     with recorder:
         train(method, witness, build_optimizer(method.student, cfg.optim), runtime, recorder, cfg.optim)
+    average_statistics_(method, runtime.collectives)
     torch.save(
         {
             "world_size": runtime.world_size,

@@ -79,4 +79,17 @@ def test_images_that_are_not_there_are_named(
 ) -> None:
     assert run(monkeypatch, "--out", tmp_path / "out", "--images", tmp_path / "nowhere") == 2
     assert "nowhere" in capsys.readouterr().err
-    assert run(monkeypatch, "--out", tmp_path / "out", "--images", tmp_path / "nowhere") == 2  # and again
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mistake_leaves_the_last_quickstart_and_any_run_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, mark in (("before", ".quickstart"), ("run", "config.yaml")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / mark).write_text("")
+        (tmp_path / name / "precious.txt").write_text("keep me")
+        assert run(monkeypatch, "--out", tmp_path / name, "--images", tmp_path / "nowhere") == 2
+        assert (tmp_path / name / "precious.txt").exists()
+    assert run(monkeypatch, "--out", tmp_path / "run", "--images", write_idx(tmp_path / "idx")) == 2
+    assert (tmp_path / "run" / "precious.txt").exists()

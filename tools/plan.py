@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pipelines.sampler import Sampler
 from ressl.batch import Batch
+from ressl.batchnorm import normalised_together
 from ressl.collectives import alone
 from ressl.config import Config, LocalBatchNorm
 from ressl.method import build_method
@@ -23,6 +24,7 @@ class Plan:
     steps_per_epoch: int
     steps: int
     left_out: int  # images of each epoch
+    together: int  # images that batch norm normalises together
     backbone: int  # parameters
     projector: int  # parameters
     state_bytes: int  # weights, gradients, momentum and queue of one rank
@@ -38,6 +40,7 @@ def make_plan(cfg: Config, *, images: int, world_size: int) -> Plan:
     optim = cfg.optim
     sampler = Sampler(images, optim.batch_size, cfg.run.seed, world_size=world_size, accumulate=optim.accumulate)
     per_rank = optim.batch_size // world_size // optim.accumulate
+    together = normalised_together(cfg.encoder.batchnorm, per_rank, world_size)
     with torch.device("meta"):
         encoder = cfg.encoder.model_copy(update={"batchnorm": LocalBatchNorm()})
         method = build_method(cfg.method, encoder, alone())
@@ -53,6 +56,7 @@ def make_plan(cfg: Config, *, images: int, world_size: int) -> Plan:
         steps_per_epoch=sampler.steps_per_epoch,
         steps=sampler.steps_per_epoch * optim.epochs,
         left_out=images - sampler.steps_per_epoch * optim.batch_size,
+        together=together,
         backbone=count_parameters(method.student.get_submodule("backbone")),
         projector=count_parameters(method.student.get_submodule("projector")),
         # student, its gradient, its momentum and the teacher, all float32; the queue
@@ -94,13 +98,14 @@ def print_plan(plan: Plan, cfg: Config, console: Console) -> None:
         "images": f"{plan.images:,} in {cfg.data.source.train}",
         "model": f"backbone {plan.backbone:,} + projector {plan.projector:,} parameters, and a teacher as large",
         "batch": f"{optim.batch_size:,} = {plan.world_size} processes{accumulated} x {per_rank} images",
+        "batch norm": f"{cfg.encoder.batchnorm.name}: {plan.together} images are normalised together",
         "steps": f"{plan.steps:,} = {optim.epochs} epochs x {plan.steps_per_epoch:,}; {plan.left_out:,} images left "
         "out of each epoch, others every time",
         "learning rate": f"0 to {optim.peak_lr:g} in {optim.warmup_epochs:g} epochs, then to 0 on a cosine",
         "memory": f"about {_size(total)} a process: weights, optimizer and queue {_size(plan.state_bytes)}, "
         f"activations {_size(plan.activation_bytes)}, "
         f"similarities {_size(plan.logits_bytes)}; images and libraries extra",
-        "output": f"{cfg.run.out_dir}/ (config.yaml, metrics.jsonl, checkpoint.pt)",
+        "output": f"{cfg.run.out_dir}/ (config.yaml, metrics.jsonl, checkpoint.pt, evaluations.jsonl)",
     }
     table = Table(title="the run", show_header=False, title_justify="left")
     for name, value in rows.items():

@@ -1,5 +1,6 @@
 """Starts the processes of a run on this machine with torch elastic, and tells of a failure once, not once a process."""
 
+import ctypes
 import logging
 import os
 import signal
@@ -33,6 +34,7 @@ def run_processes(command: Sequence[str], count: int) -> None:
             min_nodes=1,
             max_nodes=1,
             nproc_per_node=count,
+            run_id=str(os.getpid()),
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
             local_addr="127.0.0.1",
@@ -55,6 +57,13 @@ def _exit_code(error: ChildFailedError) -> int:
     killed_by = signal.Signals(-codes[0]).name
     print(f"ressl: error: a process was killed by {killed_by} (out of memory?)", file=sys.stderr)
     return 4
+
+
+def end_with_launcher() -> None:
+    """Asks the kernel to end this rank when its launcher is killed: it would train on, unseen, holding its GPU."""
+    if FAILURES in os.environ:
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def first_to_fail() -> bool:

@@ -8,16 +8,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from ressl.batch import DataError
 from ressl.config import Config
 from ressl.config_file import load_config
-from ressl.run_dir import config_path, make_run_dir
+from ressl.run_dir import make_run_dir
 from tools.convert import convert
+from tools.image_sets import detect
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+MARK = ".quickstart"  # in every directory that a quickstart made, and may replace
+GPU_EPOCHS = 30
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of the Debian package dataset-fashion-mnist
 
 
@@ -40,31 +44,23 @@ def quickstart(
     A directory that an earlier quickstart made is replaced; any other one that is not empty is refused.
     """
     started = time.perf_counter()
-    _clear(out)
-    console.rule("1/4  images")
     source = str(images or (FASHION_MNIST if FASHION_MNIST.is_dir() else "torchvision:FashionMNIST"))
     ffcv = find_spec("ffcv") is not None
-    if not ffcv:
-        console.print(
-            "FFCV is not installed (`launch.py doctor` says how): the images go to memory as one tensor instead"
-        )
-    name, suffix = ("ffcv", "beton") if ffcv else ("resident", "safetensors")
-    files = {split: json.dumps(str(out / "data" / f"{split}.{suffix}")) for split in ("train", "val")}
-    overrides = [
-        f"run.out_dir={json.dumps(str(out))}",
-        f"data.source={{name: {name}, train: {files['train']}, val: {files['val']}}}",
-        *([f"optim.epochs={epochs}"] if epochs else []),
-    ]
-    cfg = load_config(CONFIG, overrides)
-    make_run_dir(cfg)
-    manifest = convert(source, out / "data", "ffcv" if ffcv else "tensor", console=console)
-    missing = sorted({"train", "val"} - manifest.splits.keys())
+    cfg = _config(out, ffcv, epochs or (GPU_EPOCHS if torch.cuda.is_available() else 0))
+    missing = sorted({"train", "val"} - detect(source).sets.keys())
     if missing:
         raise DataError(f"{source}: has no images for {missing[0]}; a quickstart needs train/ and val/ (or test/)")
+    _clear(out)  # only now: a mistake above leaves the last one whole
+    with make_run_dir(cfg):
+        (out / MARK).touch()
+    console.rule("1/4  images")
+    if not ffcv:
+        console.print("FFCV is not installed (`launch.py doctor` says how): the images stay in memory instead")
+    manifest = convert(source, out / "data", "ffcv" if ffcv else "tensor", console=console)
 
     console.rule("2/4  views: what teacher and student see")
     views(cfg, out / "views.png")
-    console.print(f"wrote {out / 'views.png'}")
+    console.print(f"wrote {out / 'views.png'}", soft_wrap=True)
 
     console.rule("3/4  the encoder before training")
     before = evaluate(cfg, console, untrained=True)
@@ -88,17 +84,23 @@ def quickstart(
     part = out / "summary.json.part"
     part.write_text(json.dumps(summary, indent=1) + "\n")
     part.replace(out / "summary.json")
-    console.print(_table(summary, name, out))
+    console.print(_table(summary, cfg.data.source.name, out))
+
+
+def _config(out: Path, ffcv: bool, epochs: int) -> Config:
+    name, suffix = ("ffcv", "beton") if ffcv else ("resident", "safetensors")
+    train, val = (json.dumps(str(out / "data" / f"{split}.{suffix}")) for split in ("train", "val"))
+    overrides = [f"run.out_dir={json.dumps(str(out))}", f"data.source={{name: {name}, train: {train}, val: {val}}}"]
+    return load_config(CONFIG, overrides + ([f"optim.epochs={epochs}"] if epochs else []))
 
 
 def _clear(out: Path) -> None:
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise DataError(f"{out} is a file: choose another --out")
-    if any(out.iterdir()) and not config_path(out).exists():
-        raise DataError(f"{out} is not empty and was not made by a quickstart: choose another --out")
-    shutil.rmtree(out)
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise DataError(f"{out} is no directory of its own: choose another --out")
+    if out.exists():
+        if any(out.iterdir()) and not (out / MARK).exists():
+            raise DataError(f"{out} is not empty and was not made by a quickstart: choose another --out")
+        shutil.rmtree(out)
 
 
 def _percent(found: dict[str, float]) -> str:

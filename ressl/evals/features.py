@@ -16,7 +16,7 @@ class Features:
 
 
 class NonFiniteFeatures(RuntimeError):
-    """Features with NaN or infinity: the encoder is broken, and no accuracy would mean anything."""
+    """NaN or infinity in features or in the classifier on them: no accuracy would mean anything."""
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ressl.config import LinearConfig
-from ressl.evals.features import Features
+from ressl.evals.features import Features, NonFiniteFeatures
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,8 @@ def linear_accuracy(
         with torch.inference_mode():
             accuracies.append(float((classifier(val.values).argmax(dim=1) == val.labels).float().mean()))
         progress(epoch + 1)
+    if not bool(torch.stack([p.isfinite().all() for p in classifier.parameters()]).all()):
+        raise NonFiniteFeatures("the linear classifier became NaN or infinite: lower evaluate.linear.lr")
     return LinearResult(last=accuracies[-1], best=max(accuracies))
 
 

@@ -3,7 +3,14 @@ import torch
 from torch import nn
 
 from ressl.batch import DataError
-from ressl.batchnorm import SplitBatchNorm2d, SyncBatchNorm2d, set_batchnorm_, shuffled, unshuffled
+from ressl.batchnorm import (
+    SplitBatchNorm2d,
+    SyncBatchNorm2d,
+    normalised_together,
+    set_batchnorm_,
+    shuffled,
+    unshuffled,
+)
 from ressl.collectives import alone
 from ressl.config import LocalBatchNorm, ShuffleBatchNorm, SplitBatchNorm, SyncBatchNorm
 
@@ -47,9 +54,25 @@ def test_split_does_not_mind_the_memory_layout() -> None:
     torch.testing.assert_close(last(images().contiguous(memory_format=torch.channels_last)), plain(images()))
 
 
-def test_split_refuses_a_batch_that_does_not_divide() -> None:
-    with pytest.raises(DataError, match=r"6 images do not split into encoder\.batchnorm\.groups=4"):
-        layer_with(SPLIT)(images(6))
+@pytest.mark.parametrize(
+    ("policy", "images", "ranks", "together"),
+    [
+        (LocalBatchNorm(), 32, 8, 32),
+        (SyncBatchNorm(name="sync"), 32, 8, 256),
+        (SPLIT, 32, 8, 8),
+        (ShuffleBatchNorm(name="shuffle"), 32, 8, 32),
+        (SPLIT, 30, 1, "30 images do not split into encoder.batchnorm.groups=4"),
+        (ShuffleBatchNorm(name="shuffle"), 30, 4, "30 images of a rank cannot be dealt out over 4 ranks"),
+        (SPLIT, 4, 8, "batch norm needs at least 2 images together"),
+        (LocalBatchNorm(), 1, 8, "batch norm needs at least 2 images together"),
+    ],
+)
+def test_how_many_images_are_normalised_together(policy: object, images: int, ranks: int, together: int | str) -> None:
+    if isinstance(together, int):
+        assert normalised_together(policy, images, ranks) == together
+    else:
+        with pytest.raises(DataError, match=together):
+            normalised_together(policy, images, ranks)
 
 
 def test_sync_on_one_process_is_torchs_batch_norm_with_its_gradients() -> None:

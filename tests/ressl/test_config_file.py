@@ -36,7 +36,7 @@ def test_every_shipped_config_loads_and_its_saved_form_gives_the_same(path: Path
         ("optim.lr=.nan", "optim.lr: expected a finite number, got NaN"),
         ("optim.lr=1e400", "optim.lr: expected a finite number"),
         ("optim.lr=0", "optim.lr: expected greater than 0, got 0"),
-        ("run.precision=fp8", "run.precision: fp8 is not one of fp32, bf16 or fp16"),
+        ("run.precision=fp8", "run.precision: fp8 is not one of fp32, tf32, bf16 or fp16"),
         ("views.weak.crop_scale=[0.5]", "views.weak.crop_scale"),
         ("views.weak.crop_scale=[0.5, 0.2]", "views.weak.crop_scale: need 0 < low <= high <= 1, got [0.5, 0.2]"),
         ("views.weak.flip_prob=2", "views.weak.flip_prob: expected less than or equal to 1, got 2"),
@@ -74,9 +74,10 @@ def test_all_problems_are_reported_at_once(tiny_config: Path) -> None:
         ("optim:\n\tlr: 1\n", r":2: not valid YAML"),
         ("optim: {lr: 1, lr: 2}\n", r":1: not valid YAML: key 'lr' stands twice"),
         ("run: !!python/object/apply:os.system ['true']\n", r":1: not valid YAML: could not determine a constructor"),
+        ("run: &a [1, 2]\ndata: *a\n", r":2: not valid YAML: alias \*a: write the value out"),
         ("[" * 5000, "nested too deeply|not valid YAML"),
     ],
-    ids=["empty", "list", "broken", "tab", "twice", "object", "deep"],
+    ids=["empty", "list", "broken", "tab", "twice", "object", "alias", "deep"],
 )
 def test_what_is_not_a_config_file_is_refused_with_its_line(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"

@@ -19,7 +19,9 @@ def recorder(out: Path, text: io.StringIO, every: int = 3) -> Recorder:
 def record_all(out: Path, text: io.StringIO) -> list[dict]:
     with recorder(out, text) as rec:
         for step in range(1, 9):
-            rec.step(step, {"loss": torch.tensor(float(step)), "agreement": torch.tensor(0.5)}, lr=0.1)
+            rec.step(
+                step, [{"loss": torch.tensor(step - d), "agreement": torch.tensor(0.5)} for d in (0.5, -0.5)], lr=0.1
+            )
         assert rec.images_per_s > 0
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
@@ -39,26 +41,27 @@ def test_it_reads_every_few_steps_and_at_the_end_of_each_epoch(tmp_path: Path) -
 def test_values_stay_on_the_device_between_records(tmp_path: Path) -> None:
     """A meta tensor cannot be read: only the steps that are recorded may ask for it."""
     with recorder(tmp_path, io.StringIO()) as rec:
-        rec.step(1, {"loss": torch.empty((), device="meta")}, lr=0.1)
+        rec.step(1, [{"loss": torch.empty((), device="meta")}], lr=0.1)
         with pytest.raises((RuntimeError, NotImplementedError)):
-            rec.step(3, {"loss": torch.empty((), device="meta")}, lr=0.1)
+            rec.step(3, [{"loss": torch.empty((), device="meta")}], lr=0.1)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_is_not_recorded_but_raised(value: float, tmp_path: Path) -> None:
     with recorder(tmp_path, io.StringIO()) as rec, pytest.raises(NonFiniteLoss, match="at step 3: lower optim.lr"):
-        rec.step(3, {"loss": torch.tensor(value), "agreement": torch.tensor(0.0)}, lr=0.1)
+        rec.step(3, [{"loss": torch.tensor(value)}, {"loss": torch.tensor(1.0)}], lr=0.1)
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_evaluations_and_bad_images_are_recorded_and_told(tmp_path: Path) -> None:
     text = io.StringIO()
     with recorder(tmp_path, text) as rec:
-        rec.bad_image("a.jpg: truncated; replaced by b.jpg")
+        rec.bad_image("a[/x].jpg: truncated; replaced by b.jpg")
         rec.evaluated(4, {"knn": 0.5}, 2.0)
-    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert found[0]["bad_image"].startswith("a.jpg") and found[1]["knn"] == 0.5
-    assert "warning: a.jpg: truncated; replaced by b.jpg" in text.getvalue()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["knn"] == 0.5
+    bad = json.loads((tmp_path / "bad_images.jsonl").read_text())
+    assert bad == {"after_step": 0, "rank": 0, "message": "a[/x].jpg: truncated; replaced by b.jpg"}
+    assert "warning: a[/x].jpg: truncated; replaced by b.jpg" in text.getvalue()
     assert "after epoch 1: knn 50.00 %  (2 s)" in text.getvalue()
 
 

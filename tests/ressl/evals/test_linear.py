@@ -27,6 +27,14 @@ def test_it_cannot_learn_labels_that_mean_nothing() -> None:
     assert result.last < 0.7
 
 
+def test_a_classifier_that_overflows_is_refused() -> None:
+    huge = Features(blobs(60, 0).values * 1e30, blobs(60, 0).labels)
+    with pytest.raises(
+        NonFiniteFeatures, match=r"the linear classifier became NaN or infinite: lower evaluate\.linear\.lr"
+    ):
+        linear_accuracy(lambda epoch: huge, huge, LinearConfig(epochs=1, lr=1e20), num_classes=3, seed=0)
+
+
 def test_each_epoch_asks_for_its_own_features_and_the_seed_decides_the_rest() -> None:
     asked: list[int] = []
 
