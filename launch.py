@@ -168,7 +168,7 @@ def evaluate_run(
 def quickstart(
     out: Annotated[Path, typer.Option(help="directory of the run, replaced if it exists")] = Path("runs/quickstart"),
     images: Annotated[Path | None, typer.Option(help="image folder or IDX directory instead of Fashion-MNIST")] = None,
-    epochs: Annotated[int, typer.Option(help="0: 5, or 30 on a GPU", min=0)] = 0,
+    epochs: Annotated[int, typer.Option(help="0: 6, or 30 on a GPU", min=0)] = 0,
 ) -> None:
     """Trains ReSSL on real images in a few minutes, and shows what it learned.
 
