@@ -11,7 +11,7 @@ help:
 	@echo "make test         set up, then run all tests"
 	@echo "make check        set up, then lint, formatting, types, architecture"
 	@echo "make format       set up, then rewrite the code in the house's format"
-	@echo "make gpu          the tests that need a GPU, with PYTHON ($(PYTHON)) as it is"
+	@echo "make gpu          the tests that need a GPU, then the benchmark, with PYTHON ($(PYTHON)) as it is"
 	@echo "make bench        time the parts of the quickstart's step, on its data, with PYTHON as it is"
 	@echo "make setup        only the set-up: .venv with PYTHON, if given, or a Python 3.12 or 3.11 that is found"
 
@@ -38,6 +38,8 @@ format: setup
 gpu:
 	@$(PYTHON) -m pytest -q -rs -m gpu || { code=$$?; \
 		[ $$code -ne 5 ] || echo "make gpu: no test in tests/ is marked gpu, so nothing was run"; exit $$code; }
+	@if [ -d runs/quickstart/data ]; then $(MAKE) --no-print-directory bench; \
+		else echo "make gpu: no benchmark without the quickstart's data: make quickstart makes it"; fi
 
 bench:
 	@$(PYTHON) -m tools.bench configs/quickstart.yaml --out runs/bench

@@ -28,6 +28,7 @@ from ressl.batchnorm import average_statistics_, normalised_together
 from ressl.config import Config
 from ressl.config_file import ConfigError, load_config
 from ressl.evals.features import NonFiniteFeatures
+from ressl.evals.protocol import check_probes
 from ressl.evals.protocol import evaluate as evaluate_backbone
 from ressl.method import build_method
 from ressl.optim import build_optimizer
@@ -40,7 +41,7 @@ from tools.convert import convert as convert_data
 from tools.doctor import run_doctor
 from tools.plan import make_plan, print_plan
 from tools.preview import save_views
-from tools.processes import ProcessesFailed, end_with_launcher, first_to_fail, run_processes
+from tools.processes import ProcessesFailed, another_failed, end_with_launcher, first_to_fail, run_processes
 from tools.quickstart import quickstart as run_quickstart
 
 HELP = """Relational self-supervised learning: prepare images, pretrain an encoder, evaluate it.
@@ -78,8 +79,8 @@ def run(cfg: Config, console: Console) -> float:
     )
     per_rank = cfg.optim.batch_size // runtime.world_size // cfg.optim.accumulate
     normalised_together(cfg.encoder.batchnorm, per_rank, runtime.world_size)  # refuses a batch that cannot be split
-    if cfg.run.knn_every and loaders.probes.num_classes == 0:
-        raise DataError("run.knn_every: the images have no labels (one directory for each class gives them)")
+    if cfg.run.knn_every:
+        check_probes(loaders.probes, runtime.world_size)
     method = build_method(cfg.method, cfg.encoder, runtime.collectives).to(runtime.device)
     optimizer = build_optimizer(method.student, cfg.optim)
 
@@ -114,7 +115,7 @@ def run(cfg: Config, console: Console) -> float:
             backbone = method.student.get_submodule("backbone")
             found = evaluate_backbone(backbone, loaders.probes, cfg.evaluate, linear=False, gather=runtime.gather_rows)
             recorder.evaluated(step, found, time.perf_counter() - started)
-        recorder.restart_clock()
+        recorder.restart_clock()  # what was done here is not training
 
     with lock, runtime.trackers(), recorder:
         train(
@@ -244,17 +245,18 @@ def pretrain(
     if processes:
         cfg = cfg.model_copy(update={"run": cfg.run.model_copy(update={"device": "cpu"})})
     world_size, console = gpus or processes or 1, plain_console()
-    if launched():
-        end_with_launcher()
-        run(cfg, console)
-        return
-    check_run_dir(cfg)
+    if not launched():
+        check_run_dir(cfg)
     if dry_run:
         sources = cfg.data.source.train, cfg.data.source.val
         train_source, *_ = [build_source(cfg.data, path, torch.device("cpu")) for path in sources if path]
         print_plan(make_plan(cfg, images=len(train_source.labels), world_size=world_size), cfg, console)
         for line in remarks(cfg, world_size):
             console.print(line, soft_wrap=True)
+        return
+    if launched():
+        end_with_launcher()
+        run(cfg, console)
         return
     if world_size > 1:
         run_processes(sys.argv, world_size)
@@ -276,6 +278,8 @@ def evaluate(
     """Measures what a run's encoder has learned: kNN and linear top-1 accuracy, as the config's `evaluate` says."""
     if not config_path(run_dir).is_file():
         raise ConfigError(f"{run_dir}: no run here (there is no config.yaml)")
+    if launched():
+        raise ConfigError("evaluate runs as one process: start it without torchrun")
     if not knn and not linear:
         raise ConfigError("--no-knn and --no-linear leave nothing to do")
     forced = [f"run.out_dir={json.dumps(str(run_dir))}", "run.precision=fp32"]
@@ -340,12 +344,18 @@ def main() -> int:
         return _fail(f"{reason}; lower optim.batch_size or method.queue_size, or raise optim.accumulate", 4)
     except (NonFiniteLoss, NonFiniteFeatures, checkpoint.NonFiniteWeights) as error:
         return _fail(error, 5)
+    except RuntimeError as error:
+        if another_failed():  # and this process lost touch with it
+            return 1
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        return _fail("out of memory; lower optim.batch_size or method.queue_size, or raise optim.accumulate", 4)
     except SystemExit as stop:  # typer has said what there is to say, except after Ctrl-C
         return _fail("stopped", STOPPED) if stop.code == STOPPED else int(stop.code or 0)
 
 
 def _fail(error: object, code: int) -> int:
-    if first_to_fail():
+    if first_to_fail(code):
         print(f"ressl: error: {error}", file=sys.stderr)
     return code
 

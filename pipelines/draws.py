@@ -14,9 +14,7 @@ from torch import Tensor
 from pipelines.sampler import mix64
 from ressl.config import ViewConfig
 
-CROP_TRIES = (
-    10  # as torchvision's RandomResizedCrop: crops that do not fit the image are drawn again, ten times at most
-)
+CROP_TRIES = 10  # as torchvision's RandomResizedCrop: a crop that does not fit the image is drawn again, so often
 GOLDEN = 0x9E3779B97F4A7C15  # 2**64 divided by the golden ratio
 LANES = 2 * CROP_TRIES + 16
 

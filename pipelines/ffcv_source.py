@@ -29,7 +29,6 @@ class FfcvSource:
         self.beton: Beton = open_beton(path)
         self.labels, self.classes = self.beton.label, classes_of(path)
         self.on_corrupt, self.report = on_corrupt, report
-        self.extent = (int(self.beton.size[:, 0].max()), int(self.beton.size[:, 1].max()))
         status = path.stat()
         self.loader = _build_loader(path, status.st_mtime_ns, status.st_size, workers)
 
@@ -38,35 +37,41 @@ class FfcvSource:
         if not batches:
             return
         for positions, rows in zip(batches, _decoded(self.loader, batches), strict=True):
-            pixels, positions = self._replace_bad(rows, positions, salt)
+            positions, replaced = self._without_bad(rows, positions, salt)
             size = self.beton.size[positions]
+            extent = (int(size[:, 0].max()), int(size[:, 1].max()))
+            width = int(size.prod(axis=1, dtype=np.int64).max()) * 3  # rows are as wide as the file's largest image
+            pixels = np.empty(len(rows) * width + 3 * extent[1], np.uint8)
+            copy = pixels[: len(rows) * width].reshape(len(rows), width)  # FFCV will overwrite its rows
+            copy[:] = rows[:, :width]
+            for row, image in replaced.items():
+                copy[row, : image.size] = image.reshape(-1)
             yield Frames(
-                pixels=pixels,
-                offset=torch.arange(len(positions)) * rows.shape[1],
+                pixels=torch.from_numpy(pixels),
+                offset=torch.arange(len(positions)) * width,
                 size=torch.from_numpy(size),
                 stride=torch.from_numpy(3 * size[:, 1]),
                 original=torch.from_numpy(self.beton.original[positions]),
                 index=torch.from_numpy(self.beton.index[positions]),
                 label=torch.from_numpy(self.beton.label[positions]),
-                extent=self.extent,
+                extent=extent,
             )
 
-    def _replace_bad(self, rows: np.ndarray, positions: np.ndarray, salt: int) -> tuple[torch.Tensor, np.ndarray]:
-        """A copy of FFCV's rows (B, bytes + 1), which it will overwrite, with slack behind; and what they now hold."""
-        pixels = np.empty(rows.size + 3 * self.extent[1], np.uint8)
-        copy = pixels[: rows.size].reshape(rows.shape)
-        copy[:] = rows
+    def _without_bad(
+        self, rows: np.ndarray, positions: np.ndarray, salt: int
+    ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+        """The positions, with others in place of those whose row (B, bytes + 1) does not end in 1, and their images."""
         bad = np.flatnonzero(rows[:, -1] == 0)
-        if len(bad):
-            positions = positions.copy()
-        for row in bad:
+        if len(bad) == 0:
+            return positions, {}
+        positions, replaced = positions.copy(), {}
+        for row in bad.tolist():
             where = f"{self.beton.path}: image {self.beton.index[positions[row]]}"
             if self.on_corrupt == "fail":
                 raise DataError(f"{where}: its JPEG data is damaged (data.on_corrupt=replace goes on without it)")
-            positions[row], image = self._stand_in(int(positions[row]), salt, where)
-            copy[row, : image.size] = image.reshape(-1)
+            positions[row], replaced[row] = self._stand_in(int(positions[row]), salt, where)
             self.report(f"{where}: its JPEG data is damaged; replaced by image {self.beton.index[positions[row]]}")
-        return torch.from_numpy(pixels), positions
+        return positions, replaced
 
     def _stand_in(self, position: int, salt: int, where: str) -> tuple[int, np.ndarray]:
         for attempt in range(9):
@@ -113,8 +118,8 @@ def _decoded(loader: Any, batches: list[np.ndarray]) -> Iterator[np.ndarray]:
 def _build_loader(path: Path, changed: int, length: int, workers: int) -> Any:
     """An FFCV Loader that decodes the field `image` alone. FFCV sets torch's number of threads: that is put back.
 
-    Compiling takes seconds, so a process does it once for each file; `changed` and `length` tell a new file of the same
-    name from the old one.
+    Compiling takes seconds, so a process does it once for each file, and keeps it: functions that numba compiled do not
+    leave quietly. `changed` and `length` tell a new file of the same name from the old one.
     """
     threads = torch.get_num_threads()
     import numba
@@ -153,7 +158,8 @@ def _build_loader(path: Path, changed: int, length: int, workers: int) -> Any:
             decode.is_parallel = True  # type: ignore[attr-defined]
             return decode
 
-    workers = max(1, min(workers, numba.get_num_threads()))
+    # `import ffcv` has set the thread's own count to one: the limit is the machine's
+    workers = max(1, min(workers, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
     fields: dict[str, list | None] = dict.fromkeys(Reader(str(path)).field_names)
     fields["image"] = [DecodeOnce()]
     loader = Loader(

@@ -1,6 +1,6 @@
 """Sampler, source, prefetch and views, joined into the streams that `ressl.batch` promises."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +36,7 @@ class ViewStream:
         for frames in self.frames(epoch, start_step):
             yield self.cut(frames, epoch)
 
-    def frames(self, epoch: int, start_step: int = 0) -> Iterator[Frames]:
+    def frames(self, epoch: int, start_step: int = 0) -> Generator[Frames]:
         """What the views of an epoch are cut from, on the device."""
         stream = self.source.stream(self.sampler.epoch(epoch, start_step), salt=self.sampler.seed + (epoch << 32))
         return prefetch(stream, self.device, depth=self.data.prefetch)

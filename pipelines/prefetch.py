@@ -2,14 +2,14 @@
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import torch
 
 from pipelines.frames import Frames
 
 
-def prefetch(stream: Iterator[Frames], device: torch.device, *, depth: int) -> Iterator[Frames]:
+def prefetch(stream: Iterator[Frames], device: torch.device, *, depth: int) -> Generator[Frames]:
     """The frames of `stream` on `device`, up to `depth` of them prepared ahead.
 
     The consumer's CUDA stream waits for the copy; the host does not. Errors of `stream` come out here. Leaving early

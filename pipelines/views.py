@@ -20,6 +20,7 @@ from pipelines.frames import Frames
 from ressl.config import ViewConfig
 
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601-2, the weights of PIL's and torchvision's grayscale
+CANVAS_BYTES = 1 << 28  # of float32 images that are resized at a time: one huge image in a batch must not take them all
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
@@ -56,18 +57,21 @@ def crop_resize_flip(frames: Frames, box: Tensor, flip: Tensor, size: int) -> Te
     rows = resize_matrix(box[:, 0] * extent[:, 0], box[:, 2] * extent[:, 0], size, frames.extent[0])
     columns = resize_matrix(box[:, 1] * extent[:, 1], box[:, 3] * extent[:, 1], size, frames.extent[1])
     columns = torch.where(flip.view(-1, 1, 1), columns.flip(1), columns)
-    return _separable(canvas(frames).permute(0, 3, 1, 2), rows, columns).div_(255)
+    at_a_time = max(1, CANVAS_BYTES // (12 * frames.extent[0] * frames.extent[1]))
+    starts = zip(*(t.split(at_a_time) for t in (frames.offset, frames.stride, rows, columns)), strict=True)
+    parts = [_separable(canvas(frames, offset, stride), r, c) for offset, stride, r, c in starts]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).div_(255)
 
 
-def canvas(frames: Frames) -> Tensor:
-    """(B, H, W, 3) uint8, each image at the top left; what lies outside an image is undefined."""
+def canvas(frames: Frames, offset: Tensor, stride: Tensor) -> Tensor:
+    """(n, 3, H, W) uint8: n images of `frames`, each at the top left; what lies outside an image is undefined."""
     height, width = frames.extent
     line = torch.arange(height, device=frames.pixels.device)
-    start = frames.offset.unsqueeze(1) + line * frames.stride.unsqueeze(1).long()
+    start = offset.unsqueeze(1) + line * stride.unsqueeze(1).long()
     # rows below an image may start anywhere; the contract's slack holds only for rows of images
     start = start.clamp(max=frames.pixels.numel() - 3 * width)
     windows = frames.pixels.as_strided((frames.pixels.numel() - 3 * width + 1, 3 * width), (1, 1))
-    return windows.index_select(0, start.flatten()).view(-1, height, width, 3)
+    return windows.index_select(0, start.flatten()).view(-1, height, width, 3).permute(0, 3, 1, 2)
 
 
 def resize_matrix(start: Tensor, length: Tensor, size: int, extent: int) -> Tensor:

@@ -10,6 +10,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,11 +70,12 @@ def save(path: Path, *, step: int, images: int, method: nn.Module, optimizer: to
         os.fsync(directory)
         os.close(directory)
     except OSError as error:
-        free = shutil.disk_usage(path.parent).free / 2**20
+        free = shutil.disk_usage(next(p for p in path.absolute().parents if p.exists())).free / 2**20
         size = buffer.tell() / 2**20
         raise SaveError(f"{path}: needs {size:,.1f} MiB, {free:,.0f} MiB are free there: {error.strerror}") from None
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
 
 
 def load(path: Path) -> Checkpoint:

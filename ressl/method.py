@@ -20,9 +20,7 @@ from ressl.queue import FeatureQueue
 
 class StepOutput(NamedTuple):
     loss: Tensor  # () float32 at least, with gradient
-    carry: tuple[
-        Tensor, ...
-    ]  # each (B, ...), no gradient: joined over micro-batches, gathered over ranks in rank order
+    carry: tuple[Tensor, ...]  # each (B, ...), no gradient: `after_step` gets them for the global batch, in rank order
     logs: dict[str, Tensor]  # each () float, no gradient, still on the device
 
 

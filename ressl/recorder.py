@@ -116,12 +116,11 @@ class Recorder:
             self.track(step, {k: v for k, v in values.items() if isinstance(v, float)})
 
     def evaluated(self, step: int, values: Mapping[str, float], seconds: float) -> None:
-        """The result of an evaluation between epochs; its time is not counted as training."""
+        """The result of an evaluation between epochs."""
         self.write(step, {**values, "evaluation_s": seconds})
         if self.active:
             found = "  ".join(f"{name} {100 * value:.2f} %" for name, value in values.items())
             self.console.print(f"  after epoch {step // self.steps_per_epoch}: {found}  ({seconds:.0f} s)")
-        self.restart_clock()
 
     def bad_image(self, message: str) -> None:
         """An image that could not be read and was replaced: never silent. Every rank adds to the same file."""

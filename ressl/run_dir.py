@@ -13,8 +13,6 @@ FREE = (
     "data.prefetch", "data.source.val", "data.source.workers", "evaluate.", "run.checkpoint_every", "run.device",
     "run.knn_every", "run.log_every", "run.out_dir", "run.tensorboard",
 )  # fmt: skip
-
-
 LOCK = ".lock"
 
 
@@ -71,17 +69,22 @@ def make_run_dir(cfg: Config) -> TextIO:
     out_dir = cfg.run.out_dir
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        lock = (out_dir / LOCK).open("w")
+        held = lock(out_dir / LOCK)
+        save_config(cfg, config_path(out_dir))
     except OSError as error:
         raise RunDirError(f"run.out_dir={out_dir} cannot be made or written: {error.strerror}") from None
+    return held
+
+
+def lock(path: Path) -> TextIO:
+    """Holds `path`, made if it is not there, until the returned file is closed. Raises RunDirError if another does."""
+    held = path.open("w")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        save_config(cfg, config_path(out_dir))
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise RunDirError(f"run.out_dir={out_dir} is in use by another process") from None
-    except OSError as error:
-        raise RunDirError(f"run.out_dir={out_dir} cannot be written: {error.strerror}") from None
-    return lock
+        held.close()
+        raise RunDirError(f"{path.parent} is in use by another process") from None
+    return held
 
 
 def keep_metrics_until(out_dir: Path, step: int) -> None:

@@ -28,7 +28,7 @@ RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_POR
 def launched() -> bool:
     """Whether a launcher (ours, or torchrun) made this process a rank of a run. Raises MachineError if only half."""
     there = [name for name in RANK_VARIABLES if name in os.environ]
-    if "RANK" in there and len(there) < len(RANK_VARIABLES):
+    if {"RANK", "LOCAL_RANK", "WORLD_SIZE"} & set(there) and len(there) < len(RANK_VARIABLES):
         missing = ", ".join(sorted(set(RANK_VARIABLES) - set(there)))
         raise MachineError(f"the environment has {', '.join(there)} but not {missing}: unset them, or set all")
     return "RANK" in there

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -119,6 +120,31 @@ def test_a_failure_of_two_processes_is_told_once(tiny_config: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.count("ressl: error: optim.batch_size=15 does not split over 2 processes") == 1
     assert "Traceback" not in done.stderr
+
+
+def test_an_image_that_one_rank_cannot_read_is_told_once(tiny_config: Path, tiny_data: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_data / "folder" / "train", tmp_path / "images")
+    (tmp_path / "images" / "colour1" / "001.png").write_bytes(b"")
+    source = f"data.source={{name: folder, train: {tmp_path / 'images'}}}"
+    done = command("pretrain", tiny_config, "--processes", 2, source, "data.on_corrupt=fail", "optim.batch_size=72")
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.count("001.png: empty file") == 1
+
+
+def test_a_dry_run_under_a_launcher_writes_nothing_either(
+    ressl: Launch, tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", "29999")
+    assert ressl("pretrain", tiny_config, "--dry-run")[0] == 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_convert_does_not_write_into_the_images(ressl: Launch, tiny_data: Path) -> None:
+    folder = tiny_data / "folder" / "train"
+    code, _, err = ressl("convert", folder, folder / "out", "--to", "tensor")
+    assert code == 2 and "would be taken for a class of images" in err and not (folder / "out").exists()
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:

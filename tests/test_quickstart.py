@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import launch
+from ressl.run_dir import lock
 
 KEYS = {"images", "epochs", "images_per_s", "knn_before", "knn_after", "linear_before", "linear_after", "seconds"}
 
@@ -93,3 +94,29 @@ def test_a_mistake_leaves_the_last_quickstart_and_any_run_whole(
         assert (tmp_path / name / "precious.txt").exists()
     assert run(monkeypatch, "--out", tmp_path / "run", "--images", write_idx(tmp_path / "idx")) == 2
     assert (tmp_path / "run" / "precious.txt").exists()
+
+
+@pytest.mark.parametrize("place", ["out/images", "."])
+def test_images_inside_the_directory_to_replace_are_not_deleted(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".quickstart").touch()
+    images = write_idx(tmp_path / "idx")
+    if place != ".":
+        images = images.rename(tmp_path / place)
+    else:
+        out = images / "out"
+    assert run(monkeypatch, "--out", out, "--images", images) == 2
+    assert "one lies in the other" in capsys.readouterr().err
+    assert len(list(images.glob("*.gz"))) == 4
+
+
+def test_a_quickstart_that_is_still_running_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    with lock(tmp_path / "out" / ".quickstart"):
+        assert run(monkeypatch, "--out", tmp_path / "out", "--images", write_idx(tmp_path / "idx")) == 2
+    assert "out is in use by another process" in capsys.readouterr().err

@@ -84,6 +84,8 @@ def convert(
     options = _check_options(Options(to, mode, quality, max_side, max_skipped))
     console = console or Console(stderr=True)
     origin = detect(src)
+    if Path(src).is_dir() and Path(src).resolve() in dst.resolve().parents:
+        raise DataError(f"{dst} lies inside {src} and would be taken for a class of images: choose another place")
     sets = _choose_splits(src, origin.sets, split)
     console.print(f"source: {_printable(origin.description)}", markup=False, highlight=False, soft_wrap=True)
     before = _check_destination(dst, [name + SUFFIX[to] for name in sets], list(sets), overwrite)
@@ -99,6 +101,12 @@ def convert(
     size = f"{sum(record.bytes for record in records) / 1e6:,.1f} MB"
     console.print(f"wrote {', '.join(r.file for r in records)}, {size}, in {dst}", markup=False, soft_wrap=True)
     return manifest
+
+
+def overlap(one: Path, other: Path) -> bool:
+    """Whether one of two directories lies in the other, or they are the same."""
+    a, b = one.resolve(), other.resolve()
+    return a == b or a in b.parents or b in a.parents
 
 
 def _write_all(

@@ -15,6 +15,7 @@ from pipelines.images import class_directories, describe_ignored, read_image, sc
 from ressl.batch import DataError
 
 TORCHVISION = ("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "KMNIST", "STL10", "SVHN")
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of the Debian package dataset-fashion-mnist
 VAL_NAMES = ("val", "valid", "test")
 FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 

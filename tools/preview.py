@@ -1,6 +1,6 @@
 """A picture of what the teacher and the student see: frames, weak views, strong views, side by side."""
 
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +18,8 @@ TILE, GAP, MARGIN, TITLES, FOOT = 112, 6, 12, 72, 18  # pixels
 
 def save_views(stream: ViewStream, path: Path, *, images: int = 8, epoch: int = 0) -> None:
     """Writes a PNG with a column for each of the first images of `epoch`: the image, its weak view, its strong ones."""
-    frames_of_epoch = stream.frames(epoch)
-    frames = next(iter(frames_of_epoch))
+    with closing(stream.frames(epoch)) as frames_of_epoch:
+        frames = next(frames_of_epoch)
     batch = stream.cut(frames, epoch)
     count = min(images, len(frames.index))
     rows = [("image", "as stored", _frames(frames, count))]
@@ -27,9 +27,6 @@ def save_views(stream: ViewStream, path: Path, *, images: int = 8, epoch: int = 
     for view, cfg in zip(batch.strong, stream.views.strong, strict=True):
         rows.append((f"strong {cfg.size}", "student", _views(view[:count], stream)))
     labels = [_label(stream, int(index), int(label)) for index, label in zip(frames.index, frames.label, strict=True)]
-    close = getattr(frames_of_epoch, "close", None)
-    if close:
-        close()
     _save(_sheet(rows, labels[:count]), path)
 
 
@@ -62,7 +59,7 @@ def _shortened(text: str, draw: ImageDraw.ImageDraw, font: ImageFont.ImageFont |
 
 
 def _frames(frames: Frames, count: int) -> list[Image.Image]:
-    pixels = canvas(frames)[:count].cpu().numpy()
+    pixels = canvas(frames, frames.offset[:count], frames.stride[:count]).permute(0, 2, 3, 1).cpu().numpy()
     sizes = frames.size[:count].tolist()
     return [_tile(image[:height, :width]) for image, (height, width) in zip(pixels, sizes, strict=True)]
 

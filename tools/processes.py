@@ -43,13 +43,16 @@ def run_processes(command: Sequence[str], count: int) -> None:
         try:
             elastic_launch(config, sys.executable)("-u", *command)
         except ChildFailedError as error:
-            raise ProcessesFailed(_exit_code(error)) from None
+            raise ProcessesFailed(_exit_code(error, Path(failures))) from None
         except SignalException as error:
             raise ProcessesFailed(128 + error.sigval) from None
 
 
-def _exit_code(error: ChildFailedError) -> int:
-    """Of the process that failed by itself; the others were stopped because of it."""
+def _exit_code(error: ChildFailedError, failures: Path) -> int:
+    """Of the process that failed by itself; the others were stopped because of it, or lost touch with it."""
+    first = failures / "first"
+    if first.exists():
+        return int(first.read_text())
     codes = [failure.exitcode for failure in error.failures.values()]
     own = [code for code in codes if code > 0]
     if own:
@@ -66,15 +69,20 @@ def end_with_launcher() -> None:
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
-def first_to_fail() -> bool:
-    """Whether this process is the first of its run to fail; the others need not repeat the message."""
-    failures = os.environ.get(FAILURES)
-    if failures is None:
+def first_to_fail(code: int) -> bool:
+    """Whether this process is the first of its run to fail, with `code`; the others need not say anything."""
+    if FAILURES not in os.environ:
         return True
     try:
-        os.close(os.open(Path(failures) / "first", os.O_CREAT | os.O_EXCL))
+        with (Path(os.environ[FAILURES]) / "first").open("x") as file:
+            file.write(str(code))
         return True
     except FileExistsError:
         return False
     except OSError:  # the launcher is gone
         return True
+
+
+def another_failed() -> bool:
+    """Whether another process of the run has failed, so that this one's troubles come from that."""
+    return FAILURES in os.environ and (Path(os.environ[FAILURES]) / "first").exists()

@@ -15,14 +15,13 @@ from rich.table import Table
 from ressl.batch import DataError
 from ressl.config import Config
 from ressl.config_file import load_config
-from ressl.run_dir import make_run_dir
-from tools.convert import convert
-from tools.image_sets import detect
+from ressl.run_dir import LOCK, lock, make_run_dir
+from tools.convert import convert, overlap
+from tools.image_sets import FASHION_MNIST, detect
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 MARK = ".quickstart"  # in every directory that a quickstart made, and may replace
 GPU_EPOCHS = 30
-FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of the Debian package dataset-fashion-mnist
 
 
 class Evaluate(Protocol):
@@ -50,9 +49,25 @@ def quickstart(
     missing = sorted({"train", "val"} - detect(source).sets.keys())
     if missing:
         raise DataError(f"{source}: has no images for {missing[0]}; a quickstart needs train/ and val/ (or test/)")
+    if Path(source).is_dir() and overlap(Path(source), out):
+        raise DataError(f"{source} and {out}: one lies in the other, and a quickstart replaces --out: choose another")
     _clear(out)  # only now: a mistake above leaves the last one whole
-    with make_run_dir(cfg):
-        (out / MARK).touch()
+    make_run_dir(cfg).close()
+    with lock(out / MARK):
+        _run(source, cfg, ffcv, out, console, started, train, evaluate, views)
+
+
+def _run(
+    source: str,
+    cfg: Config,
+    ffcv: bool,
+    out: Path,
+    console: Console,
+    started: float,
+    train: Callable[[Config, Console], float],
+    evaluate: Evaluate,
+    views: Callable[[Config, Path], None],
+) -> None:
     console.rule("1/4  images")
     if not ffcv:
         console.print("FFCV is not installed (`launch.py doctor` says how): the images stay in memory instead")
@@ -97,9 +112,11 @@ def _config(out: Path, ffcv: bool, epochs: int) -> Config:
 def _clear(out: Path) -> None:
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise DataError(f"{out} is no directory of its own: choose another --out")
-    if out.exists():
-        if any(out.iterdir()) and not (out / MARK).exists():
-            raise DataError(f"{out} is not empty and was not made by a quickstart: choose another --out")
+    if not out.exists():
+        return
+    if any(out.iterdir()) and not (out / MARK).exists():
+        raise DataError(f"{out} is not empty and was not made by a quickstart: choose another --out")
+    with lock(out / MARK), lock(out / LOCK):  # nobody is writing to it
         shutil.rmtree(out)
 
 

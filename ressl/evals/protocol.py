@@ -28,9 +28,8 @@ def evaluate(
 
     `gather` joins rows of all ranks; every rank returns the same. `progress` is told what is being done.
     """
+    check_probes(probes)
     classes = probes.num_classes
-    if classes == 0:
-        raise DataError("the images have no labels: put them in one directory for each class to evaluate an encoder")
     progress("features of the test images")
     val = _labelled(extract(backbone, probes.probe("val"), gather), "val")
     results: dict[str, float] = {}
@@ -58,6 +57,15 @@ def evaluate(
         )
         results |= {"linear": result.last, "linear_best": result.best}
     return results
+
+
+def check_probes(probes: Probes, world_size: int = 1) -> None:
+    """Raises DataError where an evaluation cannot work, before any image is decoded."""
+    if probes.num_classes == 0:
+        raise DataError("the images have no labels: put them in one directory for each class to evaluate an encoder")
+    fewest = min(probes.count("train"), probes.count("val"))
+    if fewest < world_size:
+        raise DataError(f"{fewest} images are too few to evaluate with {world_size} processes")
 
 
 def _labelled(features: Features, split: str) -> Features:

@@ -242,8 +242,17 @@ def test_the_centre_view_is_resize_and_centre_crop(size, resize):
 
 def test_the_canvas_holds_each_image_at_its_top_left():
     images = [picture(seed, 5 + 3 * seed, 20 - 4 * seed) for seed in range(4)]
-    for out, image in zip(canvas(scattered(images, 9)), images, strict=True):
-        assert np.array_equal(out[: image.shape[0], : image.shape[1]].numpy(), image)
+    frames = scattered(images, 9)
+    for out, image in zip(canvas(frames, frames.offset, frames.stride), images, strict=True):
+        assert np.array_equal(out[:, : image.shape[0], : image.shape[1]].permute(1, 2, 0).numpy(), image)
+
+
+def test_large_images_are_resized_a_few_at_a_time_with_the_same_result(monkeypatch):
+    frames = batch([picture(seed, 30 + seed, 40 - seed) for seed in range(7)])
+    box, flip = torch.tensor([[0.1, 0.2, 0.7, 0.6]]).expand(7, 4), torch.arange(7) % 2 == 0
+    at_once = crop_resize_flip(frames, box, flip, 16)
+    monkeypatch.setattr("pipelines.views.CANVAS_BYTES", 3 * 12 * 36 * 40)
+    assert worst(crop_resize_flip(frames, box, flip, 16), at_once) < 1e-6
 
 
 # --- all steps in a row -----------------------------------------------------------------------------------------------
