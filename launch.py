@@ -311,7 +311,9 @@ def plain_console() -> Console:
 
 def _save_views(cfg: Config, out: Path, images: int = 8, epoch: int = 0) -> None:
     size = min(cfg.optim.batch_size, images)
-    cfg = cfg.model_copy(update={"optim": cfg.optim.model_copy(update={"batch_size": size, "accumulate": 1})})
+    data = cfg.data.model_copy(update={"source": cfg.data.source.model_copy(update={"val": None})})
+    optim = cfg.optim.model_copy(update={"batch_size": size, "accumulate": 1})
+    cfg = cfg.model_copy(update={"data": data, "optim": optim})
     stream = build_loaders(cfg, device=torch.device("cpu")).train
     assert isinstance(stream, ViewStream)
     save_views(stream, out, images=images, epoch=epoch)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ressl.run_dir import bad_images_path, metrics_path
 
-LINE_EVERY_S = 30  # where there is no live bar, as in a log file, no silence is longer than this and one record
+LINE_EVERY_S = 60  # where there is no live bar, as in a log file, no silence is longer than this and one record
 
 
 class NonFiniteLoss(RuntimeError):
