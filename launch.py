@@ -288,11 +288,12 @@ def evaluate(
     found = evaluate_run(cfg, console, network=network, knn=knn, linear=linear, untrained=untrained)
     name = "untrained" if untrained else network
     record = {"network": name, **found, "seconds": round(time.perf_counter() - started, 1)}
-    table = Table(title=f"{run_dir}, {name}", title_justify="left")
+    table = Table()
     for column in ("evaluation", "top-1"):
         table.add_column(column)
     for key, value in found.items():
         table.add_row({"linear_best": "linear, best epoch on the test images"}.get(key, key), f"{100 * value:.2f} %")
+    console.print(f"{run_dir}, {name}", soft_wrap=True)
     console.print(table)
     with (run_dir / "evaluations.jsonl").open("a") as file:
         file.write(json.dumps({**record, "evaluate": cfg.evaluate.model_dump(mode="json")}) + "\n")
