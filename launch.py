@@ -6,10 +6,18 @@
 This is the only file that knows pipelines/, ressl/ and tools/ alike. `python launch.py VERB --help` explains each verb.
 """
 
+import sys
+
+if __name__ == "__main__" and sys.argv[1:] == ["doctor"]:  # it must work where torch, imported below, does not
+    from rich.console import Console
+
+    from tools.doctor import run_doctor
+
+    sys.exit(run_doctor(Console()))
+
 import errno
 import json
 import shlex
-import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from rich.console import Console
@@ -43,63 +43,63 @@ def quickstart(
     A directory that an earlier quickstart made is replaced; any other one that is not empty is refused.
     """
     started = time.perf_counter()
+    source, cfg = _prepare(out, images, epochs)
+    with lock(out / MARK):
+        console.rule("1/4  images")
+        if cfg.data.source.name != "ffcv":
+            console.print("FFCV is not installed (`launch.py doctor` says how): the images stay in memory instead")
+        to: Literal["ffcv", "tensor"] = "ffcv" if cfg.data.source.name == "ffcv" else "tensor"
+        manifest = convert(source, out / "data", to, console=console)
+
+        console.rule("2/4  views: what teacher and student see")
+        views(cfg, out / "views.png")
+        console.print(f"wrote {out / 'views.png'}", soft_wrap=True)
+
+        console.rule("3/4  the encoder before training")
+        before = evaluate(cfg, console, untrained=True)
+        console.print(_percent(before))
+
+        console.rule("4/4  pretraining without labels, then the encoder again")
+        images_per_s = train(cfg, console)
+        after = evaluate(cfg, console, untrained=False)
+        console.print(_percent(after))
+
+        summary = _summary(
+            cfg, manifest.splits["train"].count, images_per_s, before, after, time.perf_counter() - started
+        )
+        part = out / "summary.json.part"
+        part.write_text(json.dumps(summary, indent=1) + "\n")
+        part.replace(out / "summary.json")
+        console.print(_table(summary, cfg.data.source.name, out))
+
+
+def _prepare(out: Path, images: Path | None, epochs: int) -> tuple[str, Config]:
+    """Finds every mistake before an older quickstart in `out` is cleared away."""
     source = str(images or (FASHION_MNIST if FASHION_MNIST.is_dir() else "torchvision:FashionMNIST"))
-    ffcv = find_spec("ffcv") is not None
-    cfg = _config(out, ffcv, epochs or (GPU_EPOCHS if torch.cuda.is_available() else 0))
+    cfg = _config(out, find_spec("ffcv") is not None, epochs or (GPU_EPOCHS if torch.cuda.is_available() else 0))
     missing = sorted({"train", "val"} - detect(source).sets.keys())
     if missing:
         raise DataError(f"{source}: has no images for {missing[0]}; a quickstart needs train/ and val/ (or test/)")
     if Path(source).is_dir() and overlap(Path(source), out):
         raise DataError(f"{source} and {out}: one lies in the other, and a quickstart replaces --out: choose another")
-    _clear(out)  # only now: a mistake above leaves the last one whole
+    _clear(out)
     make_run_dir(cfg).close()
-    with lock(out / MARK):
-        _run(source, cfg, ffcv, out, console, started, train, evaluate, views)
+    return source, cfg
 
 
-def _run(
-    source: str,
-    cfg: Config,
-    ffcv: bool,
-    out: Path,
-    console: Console,
-    started: float,
-    train: Callable[[Config, Console], float],
-    evaluate: Evaluate,
-    views: Callable[[Config, Path], None],
-) -> None:
-    console.rule("1/4  images")
-    if not ffcv:
-        console.print("FFCV is not installed (`launch.py doctor` says how): the images stay in memory instead")
-    manifest = convert(source, out / "data", "ffcv" if ffcv else "tensor", console=console)
-
-    console.rule("2/4  views: what teacher and student see")
-    views(cfg, out / "views.png")
-    console.print(f"wrote {out / 'views.png'}", soft_wrap=True)
-
-    console.rule("3/4  the encoder before training")
-    before = evaluate(cfg, console, untrained=True)
-    console.print(_percent(before))
-
-    console.rule("4/4  pretraining without labels, then the encoder again")
-    images_per_s = train(cfg, console)
-    after = evaluate(cfg, console, untrained=False)
-    console.print(_percent(after))
-
-    summary = {
-        "images": manifest.splits["train"].count,
+def _summary(
+    cfg: Config, images: int, images_per_s: float, before: dict[str, float], after: dict[str, float], seconds: float
+) -> dict[str, float]:
+    return {
+        "images": images,
         "epochs": cfg.optim.epochs,
         "images_per_s": round(images_per_s, 1),
         "knn_before": round(before["knn"], 4),
         "knn_after": round(after["knn"], 4),
         "linear_before": round(before["linear"], 4),
         "linear_after": round(after["linear"], 4),
-        "seconds": round(time.perf_counter() - started, 1),
+        "seconds": round(seconds, 1),
     }
-    part = out / "summary.json.part"
-    part.write_text(json.dumps(summary, indent=1) + "\n")
-    part.replace(out / "summary.json")
-    console.print(_table(summary, cfg.data.source.name, out))
 
 
 def _config(out: Path, ffcv: bool, epochs: int) -> Config:

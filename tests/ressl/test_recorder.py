@@ -42,7 +42,7 @@ def test_values_stay_on_the_device_between_records(tmp_path: Path) -> None:
     """A meta tensor cannot be read: only the steps that are recorded may ask for it."""
     with recorder(tmp_path, io.StringIO()) as rec:
         rec.step(1, [{"loss": torch.empty((), device="meta")}], lr=0.1)
-        with pytest.raises((RuntimeError, NotImplementedError)):
+        with pytest.raises(RuntimeError, match="meta"):
             rec.step(3, [{"loss": torch.empty((), device="meta")}], lr=0.1)
 
 

@@ -1,6 +1,8 @@
 """The doctor's table, and the rules behind its rows."""
 
 import io
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -161,3 +163,14 @@ def test_a_missing_data_set_names_its_package_and_is_not_required(tmp_path: Path
 
 def test_lines_to_type_use_this_python():
     assert Path(sys.executable).name in doctor.dali_row({}, None, Probe({})).command
+
+
+def test_the_verb_works_where_torch_does_not_import(tmp_path: Path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('libcudart.so: cannot open shared object file')")
+    launch = Path(__file__).resolve().parents[2] / "launch.py"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "COLUMNS": "200"}
+    done = subprocess.run(
+        [sys.executable, launch, "doctor"], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 1 and "libcudart.so" in done.stdout and "Traceback" not in done.stderr
