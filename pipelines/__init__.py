@@ -8,9 +8,11 @@ import torch
 
 from pipelines.frames import Source
 from pipelines.loader import Prober, ViewStream
-from pipelines.sampler import Sampler
+from pipelines.sampler import Blocks, Order, Sampler, Shards
 from ressl import config
-from ressl.batch import DataError, Loaders
+from ressl.batch import DataError, Loaders, Split
+
+Report = Callable[[str], None]
 
 
 def build_loaders(
@@ -20,48 +22,138 @@ def build_loaders(
     dtype: torch.dtype = torch.float32,
     rank: int = 0,
     world_size: int = 1,
-    report: Callable[[str], None] = lambda message: None,
+    report: Report = lambda message: None,
 ) -> Loaders:
     """The streams of one rank. `dtype` is that of the training views; `report` is told of images that were replaced."""
-    train = build_source(cfg.data, cfg.data.source.train, device, report)
-    val = cfg.data.source.val and build_source(cfg.data, cfg.data.source.val, device, report)
+    train = build_source(cfg.data, "train", device, report, rank, world_size)
+    assert train is not None
+    val = build_source(cfg.data, "val", device, report, rank, world_size)
     if val and train.classes and val.classes and train.classes != val.classes:
         missing = sorted(set(train.classes) ^ set(val.classes))
         raise DataError(
-            f"{cfg.data.source.val} has {len(val.classes)} classes, {cfg.data.source.train} {len(train.classes)}; "
+            f"{cfg.data.source.val} has {len(val.classes)} classes, {_place(cfg.data, 'train')} {len(train.classes)}; "
             f"not in both: {', '.join(missing[:5]) or 'none, but their order differs'}"
         )
+    stream = build_stream(cfg, train, device=device, dtype=dtype, rank=rank, world_size=world_size)
+    probes = Prober(train, val, cfg.data, cfg.evaluate, cfg.views.impl, device, cfg.run.seed, rank, world_size)
+    return Loaders(train=stream, probes=probes)
+
+
+def build_stream(
+    cfg: config.Config,
+    source: Source,
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    rank: int = 0,
+    world_size: int = 1,
+) -> ViewStream:
+    """The training stream of one rank from a source of its own choice."""
     sampler = Sampler(
-        num_images=len(train.labels),
+        num_images=len(source.labels),
         batch_size=cfg.optim.batch_size,
         seed=cfg.run.seed,
         rank=rank,
         world_size=world_size,
         accumulate=cfg.optim.accumulate,
+        order=order(cfg.data),
     )
-    prober = Prober(train, val or None, cfg.data, cfg.evaluate, device, cfg.run.seed, rank, world_size)
-    return Loaders(train=ViewStream(train, sampler, cfg.views, cfg.data, device, dtype), probes=prober)
+    return ViewStream(source, sampler, cfg.views, cfg.data, device, dtype)
+
+
+def order(cfg: config.DataConfig) -> Order:
+    """Images that ranks hold in shards are shuffled inside those, whatever `shuffle` says."""
+    if isinstance(cfg.source, config.ResidentSource) and cfg.source.shards > 1:
+        return Shards(cfg.source.shards)
+    return Blocks(cfg.block, cfg.window) if cfg.shuffle == "blocks" else None
 
 
 def build_source(
-    cfg: config.DataConfig, path: Path, device: torch.device, report: Callable[[str], None] = lambda message: None
-) -> Source:
-    """Each format in its own file, whose heavy imports happen only where it is chosen."""
+    cfg: config.DataConfig,
+    split: Split,
+    device: torch.device,
+    report: Report = lambda message: None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Source | None:
+    """Each format in its own file, whose heavy imports happen only where it is chosen. None: no such split is set."""
+    path = _place(cfg, split)
+    if path is None:
+        return None
     match cfg.source:
-        case config.ResidentSource():
+        case config.SyntheticSource() as synthetic:
+            from pipelines.synthetic_source import SyntheticSource
+
+            return SyntheticSource(synthetic, device)
+        case config.ResidentSource() as resident:
             from pipelines.resident_source import ResidentSource
 
-            return ResidentSource(path, device)
-        case config.FolderSource(workers=workers, max_side=max_side):
+            decoder = _decoder(resident, path)
+            return ResidentSource(
+                path,
+                resident,
+                device,
+                rank=rank,
+                world_size=world_size,
+                decoder=decoder
+                and (lambda: build_source(cfg.model_copy(update={"source": decoder}), "train", device, report)),
+            )
+        case config.FolderSource(max_side=max_side):
             from pipelines.folder_source import FolderSource
 
             return FolderSource(
-                path, workers=workers or cores(), max_side=max_side, on_corrupt=cfg.on_corrupt, report=report
+                path,
+                workers=_workers(cfg.source),
+                max_side=max_side,
+                on_corrupt=cfg.on_corrupt,
+                report=report,
+                pin=device.type == "cuda",
             )
-        case config.FfcvSource(workers=workers):
+        case config.DaliSource(max_side=max_side, hw_decoder_load=load):
+            from pipelines.dali_source import DaliSource
+
+            return DaliSource(
+                path,
+                device=device,
+                workers=_workers(cfg.source),
+                max_side=max_side,
+                hw_decoder_load=load,
+                on_corrupt=cfg.on_corrupt,
+                report=report,
+            )
+        case config.FfcvSource(cache=cache):
             from pipelines.ffcv_source import FfcvSource
 
-            return FfcvSource(path, workers=workers or cores(), on_corrupt=cfg.on_corrupt, report=report)
+            return FfcvSource(
+                path,
+                workers=_workers(cfg.source),
+                cache=cache,
+                on_corrupt=cfg.on_corrupt,
+                report=report,
+                pin=device.type == "cuda",
+            )
+
+
+def _place(cfg: config.DataConfig, split: Split) -> Path | None:
+    """Of the split's files. Noise has no place: it is named so."""
+    if isinstance(cfg.source, config.SyntheticSource):
+        return Path("noise") if split == "train" else None
+    return cfg.source.train if split == "train" else cfg.source.val
+
+
+def _decoder(cfg: config.ResidentSource, path: Path) -> config.Source | None:
+    """What decodes the images that are to be resident; None for a file that holds decoded ones."""
+    if path.suffix == ".beton":
+        return config.FfcvSource(name="ffcv", train=path, workers=cfg.workers)
+    if (path / "index.npz").exists():
+        return config.DaliSource(name="dali", train=path, workers=cfg.workers, max_side=cfg.max_side)
+    if path.is_dir():
+        return config.FolderSource(name="folder", train=path, workers=cfg.workers, max_side=cfg.max_side)
+    return None
+
+
+def _workers(cfg: config.FolderSource | config.DaliSource | config.FfcvSource) -> int:
+    return cfg.workers or cores()
 
 
 def cores() -> int:

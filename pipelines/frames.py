@@ -53,7 +53,15 @@ class Frames:
         )
 
 
-def pack(images: Sequence[np.ndarray], original: np.ndarray, index: np.ndarray, label: np.ndarray) -> Frames:
+def host_buffer(length: int, *, pin: bool) -> Tensor:
+    """(length,) uint8 on the host, undefined. Pinned (page-locked) memory is copied to a GPU without another copy on the
+    way; torch keeps it for the next buffer as soon as that copy has been made."""
+    return torch.empty(length, dtype=torch.uint8, pin_memory=pin)
+
+
+def pack(
+    images: Sequence[np.ndarray], original: np.ndarray, index: np.ndarray, label: np.ndarray, *, pin: bool = False
+) -> Frames:
     """Copies images, each (H, W, 3) uint8, one after another into a buffer of their own, on the host.
 
     `original` (B, 2) is the size of each before any resizing; `index` and `label` are (B,).
@@ -62,11 +70,12 @@ def pack(images: Sequence[np.ndarray], original: np.ndarray, index: np.ndarray, 
     lengths = size.prod(axis=1, dtype=np.int64) * 3
     offset = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     extent = (int(size[:, 0].max()), int(size[:, 1].max()))
-    pixels = np.empty(int(lengths.sum()) + 3 * extent[1], np.uint8)
+    pixels = host_buffer(int(lengths.sum()) + 3 * extent[1], pin=pin)
+    rows = pixels.numpy()
     for image, first, length in zip(images, offset, lengths, strict=True):
-        pixels[first : first + length] = image.reshape(-1)
+        rows[first : first + length] = image.reshape(-1)
     return Frames(
-        pixels=torch.from_numpy(pixels),
+        pixels=pixels,
         offset=torch.from_numpy(offset),
         size=torch.from_numpy(size),
         stride=torch.from_numpy(3 * size[:, 1]),

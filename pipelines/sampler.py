@@ -1,8 +1,8 @@
 """Which images make up a step: a pure function of (seed, epoch, step, rank), so any step can be resumed at.
 
-Epoch e is one permutation of the N images, the same on every rank. Step k takes G consecutive entries of it and each
-rank a contiguous slice of those, so the order of a global batch does not depend on the number of ranks. The last
-N mod G entries of the permutation are left out, other images each epoch; no image comes twice.
+Epoch e is one order of the images, the same on every rank. Step k takes G consecutive entries of it and each rank a
+contiguous slice of those, so the order of a global batch does not depend on the number of ranks. N mod G images are left
+out, others each epoch; no image comes twice.
 """
 
 from collections.abc import Iterator
@@ -14,6 +14,27 @@ from ressl.batch import DataError
 
 
 @dataclass(frozen=True, slots=True)
+class Blocks:
+    """An order for data whose neighbours are read together: blocks of `block` neighbours are permuted, then the images
+    inside each run of `window` blocks."""
+
+    block: int
+    window: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """An order for data that ranks hold in parts: it is cut into `count` contiguous shards, each permuted inside, and
+    every step takes G / count images of each. Ranks share out the shards, so `count` is a multiple of their number; the
+    order depends on `count` alone."""
+
+    count: int
+
+
+Order = Blocks | Shards | None  # None: one permutation of all images
+
+
+@dataclass(frozen=True, slots=True)
 class Sampler:
     num_images: int  # N
     batch_size: int  # G
@@ -21,6 +42,7 @@ class Sampler:
     rank: int = 0
     world_size: int = 1
     accumulate: int = 1
+    order: Order = None
 
     def __post_init__(self) -> None:
         parts = self.world_size * self.accumulate
@@ -34,6 +56,11 @@ class Sampler:
                 f"{self.num_images:,} images are fewer than one batch of optim.batch_size={self.batch_size:,} "
                 f"({self.world_size} processes x {self.batch_size // self.world_size}): lower optim.batch_size"
             )
+        if isinstance(self.order, Shards) and (self.order.count % self.world_size or self.batch_size % self.order.count):
+            raise DataError(
+                f"data.source.shards={self.order.count} must be a multiple of the {self.world_size} processes and divide "
+                f"optim.batch_size={self.batch_size}"
+            )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -41,17 +68,42 @@ class Sampler:
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[np.ndarray]:
         """(B,) int64 index arrays of this rank: `accumulate` of them for each step from `start_step` on."""
-        order = permutation(self.num_images, self.seed, epoch)
+        order = self._images(epoch)
         share = self.batch_size // self.world_size
         for step in range(start_step, self.steps_per_epoch):
             first = step * self.batch_size + self.rank * share
             yield from np.split(order[first : first + share], self.accumulate)
+
+    def _images(self, epoch: int) -> np.ndarray:
+        match self.order:
+            case None:
+                return permutation(self.num_images, self.seed, epoch)
+            case Blocks(block=block, window=window):
+                return blocked_permutation(self.num_images, self.seed, epoch, block=block, window=window)
+            case Shards(count=count):
+                taken = self.steps_per_epoch * self.batch_size // count  # of each shard
+                shards = [shard(self.num_images, s, count) for s in range(count)]
+                mixed = [s[permutation(len(s), self.seed, epoch)][:taken] for s in shards]
+                steps = [part.reshape(self.steps_per_epoch, self.batch_size // count) for part in mixed]
+                return np.concatenate(steps, axis=1).reshape(-1)
 
 
 def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
     """(count,) int64, all of 0 .. count - 1. Sorted by a hash of our own, so that no library's update can change it."""
     key = mix64(mix64(np.array([seed], np.uint64)) + np.uint64(epoch))
     return np.argsort(mix64(mix64(np.arange(count, dtype=np.uint64)) ^ key), kind="stable")
+
+
+def blocked_permutation(count: int, seed: int, epoch: int, *, block: int, window: int) -> np.ndarray:
+    """(count,) int64, all of 0 .. count - 1. Entries `block * window` apart or less in the result come from at most
+    2 `window` blocks of `block` neighbours."""
+    blocks = permutation(-(-count // block), seed, epoch)
+    starts = np.concatenate([np.arange(b * block, min((b + 1) * block, count)) for b in blocks])
+    within = permutation(count, seed + 1, epoch)  # another key than that of the blocks
+    place = np.empty(count, np.int64)
+    place[within] = np.arange(count)  # a random number for each place, all different
+    run = np.arange(count) // (block * window)
+    return starts[np.lexsort((place, run))]
 
 
 def mix64(x: np.ndarray) -> np.ndarray:

@@ -21,6 +21,10 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1, le=2**24)]
 Range = tuple[float, float]
+Workers = Annotated[int, Field(ge=0)]
+"""Decoding threads of each rank; 0: the cores that fall to the rank."""
+MaxSide = Annotated[int, Field(ge=8)] | None
+"""Larger images are resized to this longer side after decoding; null keeps them as they are."""
 
 
 class Section(BaseModel):
@@ -38,8 +42,10 @@ class FfcvSource(Section):
     name: Literal["ffcv"]
     train: UserPath
     val: UserPath | None = None
-    workers: Annotated[int, Field(ge=0)] = 0
-    """Decoding threads of each rank; 0: the cores of the machine shared out over its ranks."""
+    workers: Workers = 0
+    cache: Literal["os", "process"] = "os"
+    """os: the file is mapped, and the system keeps what fits into memory. process: FFCV's threads read the pages that
+    the next batches need and forget them after; for files larger than memory, with `shuffle: blocks`."""
 
 
 class FolderSource(Section):
@@ -48,21 +54,56 @@ class FolderSource(Section):
     name: Literal["folder"]
     train: UserPath
     val: UserPath | None = None
-    workers: Annotated[int, Field(ge=0)] = 0
-    """Decoding threads of each rank; 0: the cores of the machine shared out over its ranks."""
-    max_side: Annotated[int, Field(ge=8)] | None = 512
-    """Larger images are resized to this longer side after decoding; null keeps them as they are."""
+    workers: Workers = 0
+    max_side: MaxSide = 512
+
+
+class DaliSource(Section):
+    """Image files, or WebDataset shards of them (`launch.py convert --to webdataset`), decoded by DALI: on the GPU, with
+    its JPEG engines, where there is one."""
+
+    name: Literal["dali"]
+    train: UserPath
+    val: UserPath | None = None
+    workers: Workers = 0
+    max_side: MaxSide = 512
+    hw_decoder_load: Probability = 0.65
+    """Share of the JPEG files that go to the GPU's JPEG engines; its other processors and the CPU take the rest."""
 
 
 class ResidentSource(Section):
-    """The whole data set, decoded, in the device's memory (`launch.py convert --to tensor`). For small images."""
+    """The whole data set in memory, decoded once, before the first step: what `launch.py convert --to tensor` wrote, or
+    any file or directory that the sources `ffcv`, `folder` and `dali` read."""
 
     name: Literal["resident"]
     train: UserPath
     val: UserPath | None = None
+    memory: Literal["device", "host"] = "device"
+    """device: of the GPU. host: page-locked memory of the machine, copied to the GPU batch by batch."""
+    pixels: Literal["rgb", "yuv420"] = "rgb"
+    """yuv420: colour at half the resolution, in half the memory; a choice that changes the pixels."""
+    shards: Annotated[int, Field(ge=1, le=4096)] = 1
+    """Parts that the set is cut into and the ranks share; images are shuffled inside each. 1: every rank holds all."""
+    budget_gb: Positive = 8.0
+    """Memory that the images of both splits may take in each rank, 10**9 bytes."""
+    workers: Workers = 0
+    max_side: MaxSide = 512
 
 
-Source = Annotated[FfcvSource | FolderSource | ResidentSource, Field(discriminator="name")]
+class SyntheticSource(Section):
+    """Noise, in the device's memory: how fast a run would be if its images cost nothing."""
+
+    name: Literal["synthetic"]
+    images: Count = 1_281_167
+    height: Annotated[int, Field(ge=8, le=8192)] = 375
+    width: Annotated[int, Field(ge=8, le=8192)] = 500
+    classes: Count = 1000
+    val: None = None
+
+
+Source = Annotated[
+    FfcvSource | FolderSource | DaliSource | ResidentSource | SyntheticSource, Field(discriminator="name")
+]
 
 
 class DataConfig(Section):
@@ -74,6 +115,14 @@ class DataConfig(Section):
     """An image that cannot be read: another one takes its place and the record says so, or the run stops."""
     prefetch: Annotated[int, Field(ge=1, le=16)] = 2
     """Batches prepared ahead, per rank."""
+    shuffle: Literal["global", "blocks"] = "global"
+    """Order of an epoch. global: any image may follow any other. blocks: blocks of `block` neighbours are shuffled, then
+    the images inside each run of `window` blocks; for data that memory cannot hold, whose neighbours are read together.
+    Neighbours should be unlike: `launch.py convert --shuffle` mixes the classes."""
+    block: Count = 256
+    window: Count = 64
+    placement: Literal["auto", "none"] = "auto"
+    """auto: each rank's threads keep to their own share of the cores, those beside its GPU where that is known."""
 
 
 class ViewConfig(Section):
@@ -94,6 +143,8 @@ class ViewConfig(Section):
     blur_sigma: Range = (0.1, 2.0)
     """Standard deviation of the Gaussian blur, pixels of the view."""
     solarize_prob: Probability = 0.0
+    randaugment: tuple[Annotated[int, Field(ge=1, le=14)], Annotated[int, Field(ge=0, le=30)]] | None = None
+    """Number and magnitude (of 30) of random operations, Cubuk et al. 2020, before normalising; null: none."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -108,11 +159,33 @@ class ViewConfig(Section):
         return self
 
 
+class ProgressiveSizes(Section):
+    """View sizes grow linearly over the epochs, as Howard 2018 (DAWNBench) and FFCV's ImageNet recipe do."""
+
+    start: Annotated[float, Field(gt=0, le=1)]
+    """Size of the first epoch's views, as a fraction of `size`."""
+    until: Count
+    """Epoch (counted from 0) from which views have their full size."""
+    multiple: Count = 32
+    """Sizes are rounded to multiples of this many pixels, and are never above `size`."""
+
+    def size(self, full: int, epoch: int) -> int:
+        """Pixels of a view's side in `epoch`."""
+        if epoch >= self.until:
+            return full
+        share = self.start + (1 - self.start) * epoch / self.until
+        return min(full, max(1, round(full * share / self.multiple)) * self.multiple)
+
+
 class ViewsConfig(Section):
     weak: ViewConfig
     """The teacher's view."""
     strong: Annotated[tuple[ViewConfig, ...], Field(min_length=1, max_length=16)]
     """The student's views: one, or several crops of falling size."""
+    impl: Literal["auto", "torch", "triton"] = "auto"
+    """torch: the definition. triton: its fused twin for GPUs. auto: triton on CUDA, torch elsewhere."""
+    progressive: ProgressiveSizes | None = None
+    """Smaller views in the first epochs; null: full size from the start."""
 
 
 # --- encoder and method ----------------------------------------------------------------------------------------------
