@@ -28,8 +28,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pipelines import build_loaders, build_source
+from pipelines import build_loaders, count_images
 from pipelines.loader import ViewStream
+from pipelines.placement import settle
 from ressl import checkpoint
 from ressl.batch import DataError
 from ressl.batchnorm import average_statistics_, normalised_together
@@ -83,6 +84,7 @@ def run(cfg: Config, console: Console) -> float:
         dtype=runtime.dtype,
         rank=runtime.rank,
         world_size=runtime.world_size,
+        cores=settle(cfg.data.placement, runtime.device),
         report=lambda message: recorder.bad_image(message),
     )
     per_rank = cfg.optim.batch_size // runtime.world_size // cfg.optim.accumulate
@@ -256,9 +258,8 @@ def pretrain(
     if not launched():
         check_run_dir(cfg)
     if dry_run:
-        sources = cfg.data.source.train, cfg.data.source.val
-        train_source, *_ = [build_source(cfg.data, path, torch.device("cpu")) for path in sources if path]
-        print_plan(make_plan(cfg, images=len(train_source.labels), world_size=world_size), cfg, console)
+        images = count_images(cfg.data)
+        print_plan(make_plan(cfg, images=images, world_size=world_size), cfg, console)
         for line in remarks(cfg, world_size):
             console.print(line, soft_wrap=True)
         return

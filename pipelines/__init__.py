@@ -13,6 +13,12 @@ from ressl import config
 from ressl.batch import DataError, Loaders, Split
 
 Report = Callable[[str], None]
+SPLITS: tuple[Split, ...] = ("train", "val")
+CPU = torch.device("cpu")
+
+
+def _silent(message: str) -> None:
+    pass
 
 
 def build_loaders(
@@ -22,12 +28,14 @@ def build_loaders(
     dtype: torch.dtype = torch.float32,
     rank: int = 0,
     world_size: int = 1,
-    report: Report = lambda message: None,
+    cores: int | None = None,
+    report: Report = _silent,
 ) -> Loaders:
-    """The streams of one rank. `dtype` is that of the training views; `report` is told of images that were replaced."""
-    train = build_source(cfg.data, "train", device, report, rank, world_size)
+    """The streams of one rank. `dtype` is that of the training views; `cores` may decode, or all that the process may
+    run on; `report` is told of images that were replaced."""
+    train = build_source(cfg.data, "train", device, report, rank=rank, world_size=world_size, cores=cores)
     assert train is not None
-    val = build_source(cfg.data, "val", device, report, rank, world_size)
+    val = build_source(cfg.data, "val", device, report, rank=rank, world_size=world_size, cores=cores)
     if val and train.classes and val.classes and train.classes != val.classes:
         missing = sorted(set(train.classes) ^ set(val.classes))
         raise DataError(
@@ -48,7 +56,9 @@ def build_stream(
     rank: int = 0,
     world_size: int = 1,
 ) -> ViewStream:
-    """The training stream of one rank from a source of its own choice."""
+    """The training stream of one rank. Raises DataError where the config asks for what this device cannot do."""
+    if cfg.views.impl == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise DataError("views.impl=triton needs a GPU: views.impl=auto takes the torch definition where there is none")
     sampler = Sampler(
         num_images=len(source.labels),
         batch_size=cfg.optim.batch_size,
@@ -72,9 +82,11 @@ def build_source(
     cfg: config.DataConfig,
     split: Split,
     device: torch.device,
-    report: Report = lambda message: None,
+    report: Report = _silent,
+    *,
     rank: int = 0,
     world_size: int = 1,
+    cores: int | None = None,
 ) -> Source | None:
     """Each format in its own file, whose heavy imports happen only where it is chosen. None: no such split is set."""
     path = _place(cfg, split)
@@ -95,15 +107,14 @@ def build_source(
                 device,
                 rank=rank,
                 world_size=world_size,
-                decoder=decoder
-                and (lambda: build_source(cfg.model_copy(update={"source": decoder}), "train", device, report)),
+                decoder=None if decoder is None else lambda: _opened(cfg, decoder, device, report, cores),
             )
         case config.FolderSource(max_side=max_side):
             from pipelines.folder_source import FolderSource
 
             return FolderSource(
                 path,
-                workers=_workers(cfg.source),
+                workers=_workers(cfg.source, cores),
                 max_side=max_side,
                 on_corrupt=cfg.on_corrupt,
                 report=report,
@@ -115,7 +126,7 @@ def build_source(
             return DaliSource(
                 path,
                 device=device,
-                workers=_workers(cfg.source),
+                workers=_workers(cfg.source, cores),
                 max_side=max_side,
                 hw_decoder_load=load,
                 on_corrupt=cfg.on_corrupt,
@@ -126,12 +137,33 @@ def build_source(
 
             return FfcvSource(
                 path,
-                workers=_workers(cfg.source),
+                workers=_workers(cfg.source, cores),
                 cache=cache,
                 on_corrupt=cfg.on_corrupt,
                 report=report,
                 pin=device.type == "cuda",
             )
+
+
+def count_images(cfg: config.DataConfig) -> int:
+    """Images to train on. Opens both splits, so that what is wrong with either comes out, but decodes nothing."""
+    if isinstance(cfg.source, config.SyntheticSource):
+        return cfg.source.images
+    counts = []
+    for split in SPLITS:
+        path = _place(cfg, split)
+        decoder = _decoder(cfg.source, path) if path and isinstance(cfg.source, config.ResidentSource) else None
+        source = build_source(cfg, split, CPU) if decoder is None else _opened(cfg, decoder, CPU, _silent, None)
+        counts.append(len(source.labels) if source else 0)
+    return counts[0]
+
+
+def _opened(
+    cfg: config.DataConfig, source: config.Source, device: torch.device, report: Report, cores: int | None
+) -> Source:
+    opened = build_source(cfg.model_copy(update={"source": source}), "train", device, report, cores=cores)
+    assert opened is not None
+    return opened
 
 
 def _place(cfg: config.DataConfig, split: Split) -> Path | None:
@@ -152,10 +184,5 @@ def _decoder(cfg: config.ResidentSource, path: Path) -> config.Source | None:
     return None
 
 
-def _workers(cfg: config.FolderSource | config.DaliSource | config.FfcvSource) -> int:
-    return cfg.workers or cores()
-
-
-def cores() -> int:
-    """The cores that fall to this rank: those this process may use, shared out over the ranks of the machine."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+def _workers(cfg: config.FolderSource | config.DaliSource | config.FfcvSource, cores: int | None) -> int:
+    return cfg.workers or cores or len(os.sched_getaffinity(0))

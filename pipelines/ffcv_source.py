@@ -1,22 +1,26 @@
-"""`.beton` files, each image decoded once by FFCV's compiled pipeline into a padded row.
+"""`.beton` files, each image decoded once, by FFCV's compiled decoder, straight into the buffer that is handed over.
 
-FFCV's own crops, augmentations, order and loading thread are not used. Its thread hangs for ever on any exception and
-leaks when an epoch is left early, so its pipeline is run here, step by step, in the caller's thread. Its decoder
-ignores JPEG errors; ours notes them beside the pixels. The file is validated before FFCV maps it.
+Of FFCV's loader only what pays is used: its JPEG decoder and its page cache. Its own loop hangs for ever on any
+exception, leaks when an epoch is left early, gives every image the room of the largest and overwrites what it gave; so
+the loop here is ours, in the caller's thread. Its decoder's verdict, which FFCV drops, is kept for every image. The file
+is validated before anything maps it.
 """
 
+import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from pipelines.beton import RAW, Beton, open_beton
-from pipelines.frames import Frames, stand_in
+from pipelines.beton import JPG, RAW, Beton, open_beton
+from pipelines.frames import Frames, host_buffer, stand_in
 from pipelines.images import BadImage, decode_image
 from pipelines.manifest import classes_of
 from ressl.batch import DataError
@@ -24,54 +28,85 @@ from ressl.batch import DataError
 
 class FfcvSource:
     def __init__(
-        self, path: Path, *, workers: int, on_corrupt: Literal["replace", "fail"], report: Callable[[str], None]
+        self,
+        path: Path,
+        *,
+        workers: int,
+        cache: Literal["os", "process"] = "os",
+        on_corrupt: Literal["replace", "fail"],
+        report: Callable[[str], None],
+        pin: bool = False,
     ) -> None:
         self.beton: Beton = open_beton(path)
         self.labels, self.classes = self.beton.label, classes_of(path)
+        self.workers, self.cache, self.pin = workers, cache, pin
         self.on_corrupt, self.report = on_corrupt, report
-        status = path.stat()
-        self.loader = _build_loader(path, status.st_mtime_ns, status.st_size, workers)
+        nothing = np.zeros(0, np.int64)
+        self._decode(nothing, _read_only(np.zeros(0, np.uint8)), nothing, np.zeros(0, np.uint8), nothing)  # compiles
 
     def stream(self, batches: Iterable[np.ndarray], *, salt: int) -> Iterator[Frames]:
-        batches = list(batches)
-        if not batches:
-            return
-        for positions, rows in zip(batches, _decoded(self.loader, batches), strict=True):
-            positions, replaced = self._without_bad(rows, positions, salt)
-            size = self.beton.size[positions]
-            extent = (int(size[:, 0].max()), int(size[:, 1].max()))
-            width = int(size.prod(axis=1, dtype=np.int64).max()) * 3  # rows are as wide as the file's largest image
-            pixels = np.empty(len(rows) * width + 3 * extent[1], np.uint8)
-            copy = pixels[: len(rows) * width].reshape(len(rows), width)  # FFCV will overwrite its rows
-            copy[:] = rows[:, :width]
-            for row, image in replaced.items():
-                copy[row, : image.size] = image.reshape(-1)
-            yield Frames(
-                pixels=torch.from_numpy(pixels),
-                offset=torch.arange(len(positions)) * width,
-                size=torch.from_numpy(size),
-                stride=torch.from_numpy(3 * size[:, 1]),
-                original=torch.from_numpy(self.beton.original[positions]),
-                index=torch.from_numpy(self.beton.index[positions]),
-                label=torch.from_numpy(self.beton.label[positions]),
-                extent=extent,
-            )
+        match self.cache:
+            case "os":
+                data = _mapped(self.beton, batches)
+            case "process":
+                data = _paged(self.beton, list(batches))
+        with closing(data):
+            for positions, memory, start in data:
+                yield self._frames(positions, memory, start, salt)
+
+    def _frames(self, positions: np.ndarray, memory: np.ndarray, start: np.ndarray, salt: int) -> Frames:
+        """`memory` (bytes,) uint8 holds the file's data of each position (B,) from `start` (B,) on."""
+        lengths = 3 * self.beton.size[positions].prod(axis=1, dtype=np.int64)
+        offset = np.cumsum(lengths) - lengths
+        slack = 3 * int(self.beton.size[positions, 1].max())
+        pixels = host_buffer(int(lengths.sum()) + slack, pin=self.pin)
+        good = self._decode(positions, memory, start, pixels.numpy(), offset)
+        if not good.all():
+            positions, pixels, offset = self._without_bad(np.flatnonzero(~good), positions, pixels, offset, salt)
+        size = self.beton.size[positions]
+        return Frames(
+            pixels=pixels,
+            offset=torch.from_numpy(offset),
+            size=torch.from_numpy(size),
+            stride=torch.from_numpy(3 * size[:, 1]),
+            original=torch.from_numpy(self.beton.original[positions]),
+            index=torch.from_numpy(self.beton.index[positions]),
+            label=torch.from_numpy(self.beton.label[positions]),
+            extent=(int(size[:, 0].max()), int(size[:, 1].max())),
+        )
+
+    def _decode(
+        self, positions: np.ndarray, memory: np.ndarray, start: np.ndarray, pixels: np.ndarray, offset: np.ndarray
+    ) -> np.ndarray:
+        """Fills `pixels`; (B,) bool says which images the decoder took."""
+        import numba
+
+        # the number of threads belongs to the calling thread
+        numba.set_num_threads(max(1, min(self.workers, numba.config.NUMBA_NUM_THREADS)))  # type: ignore[attr-defined]
+        good, beton = np.zeros(len(positions), np.bool_), self.beton
+        length, mode, size = beton.data_size[positions], beton.mode[positions], beton.size[positions]
+        with numba.parallel_chunksize(4):  # images a thread takes at a time: some take twice as long as others
+            _compiled()(memory, start, length, mode, size, pixels, offset, good)
+        return good
 
     def _without_bad(
-        self, rows: np.ndarray, positions: np.ndarray, salt: int
-    ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-        """The positions, with others in place of those whose row (B, bytes + 1) does not end in 1, and their images."""
-        bad = np.flatnonzero(rows[:, -1] == 0)
-        if len(bad) == 0:
-            return positions, {}
-        positions, replaced = positions.copy(), {}
+        self, bad: np.ndarray, positions: np.ndarray, pixels: Tensor, offset: np.ndarray, salt: int
+    ) -> tuple[np.ndarray, Tensor, np.ndarray]:
+        """Others in place of the images in the rows `bad`: behind the rest, as they may be larger."""
+        positions, offset, images = positions.copy(), offset.copy(), []
+        room = 3 * int(self.beton.size[:, 1].max())  # slack for whatever width comes in
+        end = pixels.numel()
         for row in bad.tolist():
             where = f"{self.beton.path}: image {self.beton.index[positions[row]]}"
             if self.on_corrupt == "fail":
                 raise DataError(f"{where}: its JPEG data is damaged (data.on_corrupt=replace goes on without it)")
-            positions[row], replaced[row] = self._stand_in(int(positions[row]), salt, where)
+            positions[row], image = self._stand_in(int(positions[row]), salt, where)
             self.report(f"{where}: its JPEG data is damaged; replaced by image {self.beton.index[positions[row]]}")
-        return positions, replaced
+            offset[row], end = end, end + image.size
+            images.append(image.reshape(-1))
+        joined = host_buffer(end + room, pin=self.pin)
+        joined.numpy()[:end] = np.concatenate([pixels.numpy(), *images])
+        return positions, joined, offset
 
     def _stand_in(self, position: int, salt: int, where: str) -> tuple[int, np.ndarray]:
         for attempt in range(9):
@@ -93,79 +128,109 @@ def read_sample(beton: Beton, position: int) -> np.ndarray:
     return decode_image(data)
 
 
-def _decoded(loader: Any, batches: list[np.ndarray]) -> Iterator[np.ndarray]:
-    """(B, bytes + 1) uint8 for each batch, overwritten by the next: an image's bytes from the left, padding, and last
-    a 1 where they could be decoded."""
-    from ffcv.loader.epoch_iterator import EpochIterator
+# --- where the file's bytes are: positions, memory, and the first byte of each position's data in it ------------------
 
-    class Epoch(EpochIterator):
-        def start(self) -> None:
-            """Not as a thread."""
+Data = tuple[np.ndarray, np.ndarray, np.ndarray]
 
-    with loader.lock:  # the epoch takes its batch size from the loader, which others may share
-        loader.batch_size = len(batches[0])
-        epoch = Epoch(loader, np.concatenate(batches).astype(np.uint64))
+
+def _mapped(beton: Beton, batches: Iterable[np.ndarray]) -> Generator[Data]:
+    memory = _read_only(np.memmap(beton.path, np.uint8, mode="r"))
+    for positions in batches:
+        yield positions, memory, beton.data_ptr[positions]
+
+
+def _paged(beton: Beton, batches: list[np.ndarray]) -> Generator[Data]:
+    """Through FFCV's process cache: its threads read each page of the file shortly before its first use in the epoch,
+    and its memory is used again after the last."""
+    if not batches:
+        return
+    with _threads_kept():
+        from ffcv.memory_managers.process_cache.context import ProcessCacheContext
+
+    page = beton.data_ptr // beton.page_size
+    # what the context asks of FFCV's manager, which would keep three dictionaries of the whole file
+    manager = SimpleNamespace(
+        reader=SimpleNamespace(file_name=str(beton.path), page_size=beton.page_size),
+        sample_to_pages=page.reshape(-1, 1),
+    )
+    context: Any = ProcessCacheContext(manager, batches)
+    context.__enter__()
+    readers = context.executor.threads
+    context.executor.loaded_queue = _Watched(context.executor.loaded_queue, readers, beton.path)
     try:
-        for number, order in enumerate(epoch.iter_ixes):
-            loader.set_threads()  # the number belongs to the calling thread
-            (rows,) = epoch.run_pipeline(number, order, number % 2, None)
-            yield rows
+        memory = _read_only(context.memory.reshape(-1))
+        for number, positions in enumerate(batches):
+            context.start_batch(number)
+            slot = context.page_to_slot[page[positions]].astype(np.int64)
+            yield positions, memory, slot * beton.page_size + beton.data_ptr[positions] % beton.page_size
     finally:
-        epoch.close()
+        context.__exit__(None, None, None)
+        for reader in readers:
+            reader.join()
+
+
+def _read_only(memory: np.ndarray) -> np.ndarray:
+    """To the compiler, arrays that can be written to and those that cannot are of two types; this makes them one."""
+    memory = memory.view(np.ndarray)
+    memory.flags.writeable = False
+    return memory
+
+
+class _Watched:
+    """A queue that raises where FFCV's waits for ever: when the threads that fill it have died."""
+
+    def __init__(self, inner: queue.Queue, fillers: list[threading.Thread], path: Path) -> None:
+        self.inner, self.fillers, self.path = inner, fillers, path
+
+    def get(self) -> Any:
+        while True:
+            try:
+                return self.inner.get(timeout=1)
+            except queue.Empty:
+                if not any(thread.is_alive() for thread in self.fillers):
+                    raise DataError(f"{self.path}: cannot be read any more: was it moved or removed?") from None
+
+
+# --- FFCV ------------------------------------------------------------------------------------------------------------
 
 
 @cache
-def _build_loader(path: Path, changed: int, length: int, workers: int) -> Any:
-    """An FFCV Loader that decodes the field `image` alone. FFCV sets torch's number of threads: that is put back.
+def _compiled() -> Callable[..., None]:
+    """decode(memory, start, length, mode, size, pixels, offset, good), compiled for all threads, without Python's lock.
 
-    Compiling takes seconds, so a process does it once for each file, and keeps it: functions that numba compiled do not
-    leave quietly. `changed` and `length` tell a new file of the same name from the old one.
+    Compiling takes seconds, so a process does it once. Functions that numba compiled do not leave quietly: it stays.
     """
-    threads = torch.get_num_threads()
     import numba
-    from ffcv.fields.rgb_image import IMAGE_MODES, SimpleRGBImageDecoder
-    from ffcv.libffcv import imdecode
-    from ffcv.loader import Loader, OrderOption
-    from ffcv.pipeline.allocation_query import AllocationQuery
-    from ffcv.pipeline.compiler import Compiler
-    from ffcv.reader import Reader
 
-    class DecodeOnce(SimpleRGBImageDecoder):
-        """Whole images, of any size, with a byte behind that says whether the decoder succeeded."""
+    with _threads_kept():
+        from ffcv.libffcv import imdecode
 
-        def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, Any]:
-            pixels = self.metadata["height"].astype(np.int64) * self.metadata["width"].astype(np.int64)
-            shape, dtype = (int(3 * pixels.max()) + 1,), np.dtype("<u1")
-            return replace(previous_state, jit_mode=True, shape=shape, dtype=dtype), AllocationQuery(shape, dtype)
+    jpeg = numba.njit(nogil=True)(imdecode)
 
-        def generate_code(self) -> Callable:
-            read, decode_jpeg, jpg = self.memory_read, Compiler.compile(imdecode), IMAGE_MODES["jpg"]
-            each = Compiler.get_iterator()
+    def decode(
+        memory: Any, start: Any, length: Any, mode: Any, size: Any, pixels: Any, offset: Any, good: Any
+    ) -> None:
+        for i in numba.prange(len(start)):
+            data = memory[start[i] : start[i] + length[i]]
+            if mode[i] == JPG:
+                height, width = np.uint32(size[i, 0]), np.uint32(size[i, 1])
+                out = pixels[offset[i] : offset[i] + 3 * np.int64(height) * np.int64(width)]
+                good[i] = jpeg(data, out, height, width, height, width, 0, 0, 1, 1, False, False) == 0
+            else:
+                pixels[offset[i] : offset[i] + length[i]] = data
+                good[i] = True
 
-            def decode(positions: Any, out: Any, metadata: Any, state: Any) -> Any:
-                for row in each(len(positions)):
-                    field = metadata[positions[row]]
-                    data = read(field["data_ptr"], state)
-                    if field["mode"] == jpg:
-                        height, width = np.uint32(field["height"]), np.uint32(field["width"])
-                        failed = decode_jpeg(data, out[row], height, width, height, width, 0, 0, 1, 1, False, False)
-                        out[row, -1] = np.uint8(failed == 0)
-                    else:
-                        out[row, : data.shape[0]] = data
-                        out[row, -1] = np.uint8(1)
-                return out[: len(positions)]
+    return numba.njit(nogil=True, parallel=True, error_model="numpy")(decode)
 
-            decode.is_parallel = True  # type: ignore[attr-defined]
-            return decode
 
-    # `import ffcv` has set the thread's own count to one: the limit is the machine's
-    workers = max(1, min(workers, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
-    fields: dict[str, list | None] = dict.fromkeys(Reader(str(path)).field_names)
-    fields["image"] = [DecodeOnce()]
-    loader = Loader(
-        str(path), batch_size=1, num_workers=workers, order=OrderOption.SEQUENTIAL, pipelines=fields, batches_ahead=0
-    )
-    loader.set_threads = lambda: numba.set_num_threads(workers)
-    loader.lock = threading.Lock()
-    torch.set_num_threads(threads)
-    return loader
+@contextmanager
+def _threads_kept() -> Generator[None]:
+    """`import ffcv` sets the number of threads of torch and of numba to one: both are put back."""
+    import numba
+
+    before = torch.get_num_threads(), numba.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        numba.set_num_threads(before[1])

@@ -27,11 +27,13 @@ class FolderSource:
         max_side: int | None,
         on_corrupt: Literal["replace", "fail"],
         report: Callable[[str], None],
+        pin: bool = False,
     ) -> None:
         folder = scan_folder(root)
         self.root, self.paths = folder.root, folder.paths
         self.labels, self.classes = folder.labels, folder.classes
-        self.workers, self.max_side, self.on_corrupt, self.report = workers, max_side, on_corrupt, report
+        self.workers, self.max_side, self.pin = workers, max_side, pin
+        self.on_corrupt, self.report = on_corrupt, report
 
     def stream(self, batches: Iterable[np.ndarray], *, salt: int) -> Iterator[Frames]:
         with ThreadPoolExecutor(self.workers, thread_name_prefix="decode") as pool:
@@ -44,7 +46,8 @@ class FolderSource:
                     pending.extend(self._submit(pool, batch, salt) for batch in islice(waiting, 1))
                     positions = np.array([position for position, _, _ in decoded])
                     originals = np.array([original for _, _, original in decoded])
-                    yield pack([image for _, image, _ in decoded], originals, positions, self.labels[positions])
+                    images = [image for _, image, _ in decoded]
+                    yield pack(images, originals, positions, self.labels[positions], pin=self.pin)
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 

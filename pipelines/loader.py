@@ -1,12 +1,13 @@
 """Sampler, source, prefetch and views, joined into the streams that `ressl.batch` promises."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from pipelines.draws import centre_view, draw_view
+from pipelines.draws import ViewParams, centre_view, draw_view
 from pipelines.frames import Frames, Source
 from pipelines.prefetch import prefetch
 from pipelines.sampler import Sampler, shard
@@ -14,6 +15,7 @@ from pipelines.views import cut_view
 from ressl.batch import Batch, Crops, DataError, Split
 from ressl.config import DataConfig, EvaluateConfig, ViewConfig, ViewsConfig
 
+Impl = Literal["auto", "torch", "triton"]
 PROBE = 1 << 20  # numbers the views of linear probes, far from those of any training view
 
 
@@ -42,16 +44,21 @@ class ViewStream:
         return prefetch(stream, self.device, depth=self.data.prefetch)
 
     def cut(self, frames: Frames, epoch: int) -> Batch:
-        weak, *strong = (
-            self._view(frames, cfg, epoch, number) for number, cfg in enumerate((self.views.weak, *self.views.strong))
-        )
+        cfgs = self.configs(epoch)
+        weak, *strong = cut(frames, self.params(frames, epoch), cfgs, self.views.impl, self.data, self.dtype)
         return Batch(weak=(weak,), strong=tuple(strong), index=frames.index, label=frames.label)
 
-    def _view(self, frames: Frames, cfg: ViewConfig, epoch: int, number: int) -> Tensor:
-        seed = self.sampler.seed
-        params = draw_view(cfg, frames.original, frames.index, seed=seed, epoch=epoch, view=number)
-        return cut_view(frames, params, cfg, mean=self.data.mean, std=self.data.std, dtype=self.dtype)
+    def configs(self, epoch: int) -> list[ViewConfig]:
+        """Of the weak view and of each strong one, at the sizes of this epoch."""
+        cfgs = [self.views.weak, *self.views.strong]
+        sizes = self.views.progressive
+        if sizes is None:
+            return cfgs
+        return [cfg.model_copy(update={"size": sizes.size(cfg.size, epoch)}) for cfg in cfgs]
 
+    def params(self, frames: Frames, epoch: int) -> list[ViewParams]:
+        """The numbers of each view in the order of `configs`. They are the same in every source, except for rounding."""
+        return draw(self.configs(epoch), frames, self.views.impl, seed=self.sampler.seed, epoch=epoch)
 
 @dataclass(frozen=True, slots=True)
 class Prober:
@@ -61,6 +68,7 @@ class Prober:
     val: Source | None
     data: DataConfig
     cfg: EvaluateConfig
+    impl: Impl
     device: torch.device
     seed: int
     rank: int
@@ -84,8 +92,8 @@ class Prober:
                 case "centre":
                     params = centre_view(frames.original, size=size, resize=self.cfg.resize or size)
                 case "random":
-                    params = draw_view(view, frames.original, frames.index, seed=self.seed, epoch=epoch, view=PROBE)
-            images = cut_view(frames, params, view, mean=self.data.mean, std=self.data.std)
+                    (params,) = draw([view], frames, self.impl, seed=self.seed, epoch=epoch, first=PROBE)
+            (images,) = cut(frames, [params], [view], self.impl, self.data, torch.float32)
             yield images, frames.label, frames.index
 
     def _source(self, split: Split) -> Source:
@@ -93,3 +101,40 @@ class Prober:
         if source is None:
             raise DataError("data.source.val is not set: an evaluation needs labelled images to test on")
         return source
+
+
+def draw(
+    cfgs: Sequence[ViewConfig], frames: Frames, impl: Impl, *, seed: int, epoch: int, first: int = 0
+) -> list[ViewParams]:
+    """The numbers of the views `first`, `first` + 1, ... of each image."""
+    if _fused(impl, frames):
+        from pipelines.kernels.draws import draw_views
+
+        return draw_views(cfgs, frames.original, frames.index, seed=seed, epoch=epoch, first_view=first)
+    return [
+        draw_view(cfg, frames.original, frames.index, seed=seed, epoch=epoch, view=view)
+        for view, cfg in enumerate(cfgs, first)
+    ]
+
+
+def cut(
+    frames: Frames,
+    params: Sequence[ViewParams],
+    cfgs: Sequence[ViewConfig],
+    impl: Impl,
+    data: DataConfig,
+    dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    """One (B, 3, h, w) for each of `cfgs`."""
+    if _fused(impl, frames):
+        from pipelines.kernels.views import cut_views
+
+        return cut_views(frames, params, cfgs, mean=data.mean, std=data.std, dtype=dtype)
+    return tuple(
+        cut_view(frames, numbers, cfg, mean=data.mean, std=data.std, dtype=dtype)
+        for numbers, cfg in zip(params, cfgs, strict=True)
+    )
+
+
+def _fused(impl: Impl, frames: Frames) -> bool:
+    return impl == "triton" or (impl == "auto" and frames.pixels.is_cuda)

@@ -10,8 +10,9 @@ from ressl.config_file import ConfigError, load_config, save_config
 
 # keys, and beginnings of keys, that may differ between a run and its continuation: training does not depend on them
 FREE = (
-    "data.prefetch", "data.source.val", "data.source.workers", "evaluate.", "run.checkpoint_every", "run.device",
-    "run.knn_every", "run.log_every", "run.out_dir", "run.tensorboard",
+    "data.placement", "data.prefetch", "data.source.budget_gb", "data.source.cache", "data.source.memory",
+    "data.source.val", "data.source.workers", "evaluate.", "run.checkpoint_every", "run.device", "run.knn_every",
+    "run.log_every", "run.out_dir", "run.tensorboard",
 )  # fmt: skip
 LOCK = ".lock"
 

@@ -13,7 +13,7 @@ from pipelines.sampler import Sampler
 from ressl.batch import Batch
 from ressl.batchnorm import normalised_together
 from ressl.collectives import alone
-from ressl.config import Config, LocalBatchNorm
+from ressl.config import Config, LocalBatchNorm, Source, SyntheticSource
 from ressl.method import build_method
 
 
@@ -95,7 +95,7 @@ def print_plan(plan: Plan, cfg: Config, console: Console) -> None:
     accumulated = f" x {optim.accumulate} micro-batches" if optim.accumulate > 1 else ""
     total = plan.state_bytes + plan.activation_bytes + plan.logits_bytes
     rows = {
-        "images": f"{plan.images:,} in {cfg.data.source.train}",
+        "images": f"{plan.images:,} {_where(cfg.data.source)}",
         "model": f"backbone {plan.backbone:,} + projector {plan.projector:,} parameters, and a teacher as large",
         "batch": f"{optim.batch_size:,} = {plan.world_size} processes{accumulated} x {per_rank} images",
         "batch norm": f"{cfg.encoder.batchnorm.name}: {plan.together} images are normalised together",
@@ -111,6 +111,10 @@ def print_plan(plan: Plan, cfg: Config, console: Console) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
+
+
+def _where(source: Source) -> str:
+    return "of noise" if isinstance(source, SyntheticSource) else f"in {source.train}"
 
 
 def _size(count: int) -> str:

@@ -108,7 +108,7 @@ def test_data_that_is_not_there_is_named_when_the_source_is_built(name, tmp_path
         pytest.importorskip("ffcv")
     cfg = config({"name": name, "train": tmp_path / "gone"}).data
     with pytest.raises(DataError, match="gone"):
-        build_source(cfg, cfg.source.train, CPU)
+        build_source(cfg, "train", CPU)
 
 
 def test_a_folder_can_be_shrunk_while_crops_are_drawn_from_the_original(folder):

@@ -115,7 +115,7 @@ def stream(source, *, seed=SEED, rank=0, world_size=1, batch_size=GLOBAL_BATCH, 
 
 def prober(source, *, rank=0, world_size=1, batch_size=4, val=None):
     cfg = EvaluateConfig(size=12, resize=14, batch_size=batch_size)
-    return Prober(source, val, data_config(Path("unused")), cfg, CPU, SEED, rank, world_size)
+    return Prober(source, val, data_config(Path("unused")), cfg, "auto", CPU, SEED, rank, world_size)
 
 
 def indices(batches) -> list[int]:
