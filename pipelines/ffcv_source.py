@@ -2,8 +2,8 @@
 
 Of FFCV's loader only what pays is used: its JPEG decoder and its page cache. Its own loop hangs for ever on any
 exception, leaks when an epoch is left early, gives every image the room of the largest and overwrites what it gave; so
-the loop here is ours, in the caller's thread. Its decoder's verdict, which FFCV drops, is kept for every image. The file
-is validated before anything maps it.
+the loop here is ours, in the caller's thread. Its decoder's verdict, which FFCV drops, is kept for every image. The
+file is validated before anything maps it.
 """
 
 import queue
@@ -45,6 +45,8 @@ class FfcvSource:
         self._decode(nothing, _read_only(np.zeros(0, np.uint8)), nothing, np.zeros(0, np.uint8), nothing)  # compiles
 
     def stream(self, batches: Iterable[np.ndarray], *, salt: int) -> Iterator[Frames]:
+        if not self.beton.path.exists():
+            raise DataError(f"{self.beton.path}: gone since the run began; put it back")
         match self.cache:
             case "os":
                 data = _mapped(self.beton, batches)
@@ -207,9 +209,7 @@ def _compiled() -> Callable[..., None]:
 
     jpeg = numba.njit(nogil=True)(imdecode)
 
-    def decode(
-        memory: Any, start: Any, length: Any, mode: Any, size: Any, pixels: Any, offset: Any, good: Any
-    ) -> None:
+    def decode(memory: Any, start: Any, length: Any, mode: Any, size: Any, pixels: Any, offset: Any, good: Any) -> None:
         for i in numba.prange(len(start)):
             data = memory[start[i] : start[i] + length[i]]
             if mode[i] == JPG:

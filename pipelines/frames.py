@@ -54,8 +54,8 @@ class Frames:
 
 
 def host_buffer(length: int, *, pin: bool) -> Tensor:
-    """(length,) uint8 on the host, undefined. Pinned (page-locked) memory is copied to a GPU without another copy on the
-    way; torch keeps it for the next buffer as soon as that copy has been made."""
+    """(length,) uint8 on the host, undefined. Pinned (page-locked) memory is copied to a GPU without another copy on
+    the way; torch keeps it for the next buffer as soon as that copy has been made."""
     return torch.empty(length, dtype=torch.uint8, pin_memory=pin)
 
 

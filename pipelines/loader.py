@@ -57,8 +57,9 @@ class ViewStream:
         return [cfg.model_copy(update={"size": sizes.size(cfg.size, epoch)}) for cfg in cfgs]
 
     def params(self, frames: Frames, epoch: int) -> list[ViewParams]:
-        """The numbers of each view in the order of `configs`. They are the same in every source, except for rounding."""
+        """The numbers of each view, in the order of `configs`: the same in every source, except for rounding."""
         return draw(self.configs(epoch), frames, self.views.impl, seed=self.sampler.seed, epoch=epoch)
+
 
 @dataclass(frozen=True, slots=True)
 class Prober:

@@ -1,7 +1,7 @@
 """Which cores of the machine a rank's threads run on: its own share, beside its GPU where that is known.
 
-On a node with two processors, half of the GPUs hang on each. Threads that decode on the wrong one send every byte through
-the link between them, and threads of many ranks that may run anywhere keep evicting one another.
+On a node with two processors, half of the GPUs hang on each. Threads that decode on the wrong one send every byte
+through the link between them, and threads of many ranks that may run anywhere keep evicting one another.
 """
 
 import os
@@ -30,8 +30,8 @@ def settle(placement: Literal["auto", "none"], device: torch.device) -> int:
 def share(allowed: Sequence[int], nodes: Sequence[int | None], rank: int, root: Path = SYS) -> list[int]:
     """The cores of `rank`, out of those that are `allowed`. `nodes` holds the NUMA node of each rank's GPU, or None.
 
-    Ranks of one node share out its cores; if any node is unknown or has no core that is allowed, all ranks share out all
-    cores. Two hardware threads of one core stay together. With fewer cores than ranks, all may run on all of them.
+    Ranks of one node share out its cores; if any node is unknown or has no core that is allowed, all ranks share out
+    all cores. Two hardware threads of one core stay together. With fewer cores than ranks, all may run on all of them.
     """
     of_node = {node: _cpus(root / f"devices/system/node/node{node}/cpulist") & set(allowed) for node in set(nodes)}
     if all(of_node.values()) and None not in of_node:

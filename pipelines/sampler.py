@@ -1,8 +1,8 @@
 """Which images make up a step: a pure function of (seed, epoch, step, rank), so any step can be resumed at.
 
 Epoch e is one order of the images, the same on every rank. Step k takes G consecutive entries of it and each rank a
-contiguous slice of those, so the order of a global batch does not depend on the number of ranks. N mod G images are left
-out, others each epoch; no image comes twice.
+contiguous slice of those, so the order of a global batch does not depend on the number of ranks. N mod G images are
+left out, others each epoch; no image comes twice.
 """
 
 from collections.abc import Iterator
@@ -56,11 +56,13 @@ class Sampler:
                 f"{self.num_images:,} images are fewer than one batch of optim.batch_size={self.batch_size:,} "
                 f"({self.world_size} processes x {self.batch_size // self.world_size}): lower optim.batch_size"
             )
-        if isinstance(self.order, Shards) and (self.order.count % self.world_size or self.batch_size % self.order.count):
-            raise DataError(
-                f"data.source.shards={self.order.count} must be a multiple of the {self.world_size} processes and divide "
-                f"optim.batch_size={self.batch_size}"
-            )
+        if isinstance(self.order, Shards):
+            count = self.order.count
+            if count % self.world_size or self.batch_size % count:
+                raise DataError(
+                    f"data.source.shards={count} must be a multiple of the {self.world_size} processes and divide "
+                    f"optim.batch_size={self.batch_size}"
+                )
 
     @property
     def steps_per_epoch(self) -> int:

@@ -1,6 +1,5 @@
 """The config names a source; what is built from it and what is refused."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -8,14 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 
 from pipelines import build_loaders, build_source
 from pipelines.folder_source import FolderSource
 from pipelines.sampler import Sampler
 from ressl.batch import DataError
 from ressl.config import Config
-from tools.convert import convert
 
 CPU = torch.device("cpu")
 SHAPES = [(12 + i, 30 - i) for i in range(9)]
@@ -116,32 +113,3 @@ def test_a_folder_can_be_shrunk_while_crops_are_drawn_from_the_original(folder):
     (frames,) = source.stream([np.arange(9)], salt=0)
     assert frames.size.amax(dim=1).tolist() == [16] * 9
     assert frames.original.tolist() == [list(shape) for shape in SHAPES]
-
-
-def test_ffcv_decodes_with_as_many_threads_as_it_is_given(tiny_data: Path, tmp_path: Path) -> None:
-    pytest.importorskip("ffcv")
-    from pipelines.ffcv_source import FfcvSource
-
-    convert(str(tiny_data / "folder" / "val"), tmp_path, "ffcv", console=Console(quiet=True))
-    cores = len(os.sched_getaffinity(0))
-    for asked in (1, cores):
-        source = FfcvSource(tmp_path / "train.beton", workers=asked, on_corrupt="fail", report=print)
-        assert source.loader.num_workers == asked
-        (frames,) = source.stream([np.arange(40)], salt=0)
-        assert frames.index.tolist() == list(range(40))
-
-
-def test_a_batch_is_only_as_large_as_its_own_images(tmp_path: Path) -> None:
-    """One huge image in a data set must not make every batch huge."""
-    pytest.importorskip("ffcv")
-    from pipelines.ffcv_source import FfcvSource
-
-    for number, side in enumerate((8, 8, 8, 200)):
-        (tmp_path / "images" / "a").mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (side, side), (number, 0, 0)).save(tmp_path / "images" / "a" / f"{number}.png")
-    convert(str(tmp_path / "images"), tmp_path / "out", "ffcv", mode="raw", console=Console(quiet=True))
-    source = FfcvSource(tmp_path / "out" / "train.beton", workers=1, on_corrupt="fail", report=print)
-    small, large = source.stream([np.array([0, 1]), np.array([2, 3])], salt=0)
-    assert small.extent == (8, 8) and small.pixels.numel() == 2 * 192 + 24
-    assert large.extent == (200, 200)
-    assert large.pixels[large.offset[1]] == 3 and large.pixels[large.offset[0]] == 2
