@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from pipelines.sampler import Sampler, mix64, permutation, shard
+from pipelines.sampler import Blocks, Sampler, Shards, blocked_permutation, mix64, permutation, shard
 from ressl.batch import DataError
 
 
@@ -130,3 +130,78 @@ def test_shards_cover_everything_once_in_order_and_evenly(count, world_size):
     assert np.concatenate(parts).tolist() == list(range(count))
     lengths = [len(part) for part in parts]
     assert max(lengths) - min(lengths) <= 1
+
+
+# --- orders for data that is read or held in parts -------------------------------------------------------------------
+
+ORDERS = [None, Blocks(block=4, window=3), Blocks(block=7, window=1), Blocks(block=1, window=50), Shards(4), Shards(8)]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("count", [48, 101, 107])
+def test_any_order_gives_no_image_twice_and_leaves_out_exactly_the_rest(order, count):
+    seen = joined(Sampler(count, 16, 3, order=order).epoch(2))
+    assert len(seen) == len(set(seen)) == count - count % 16
+    assert set(seen) <= set(range(count))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_any_order_is_the_same_for_any_number_of_ranks(order, world_size):
+    if isinstance(order, Shards) and order.count % world_size:
+        pytest.skip("more ranks than shards")
+    one = steps(Sampler(101, 16, 3, order=order), epoch=1)
+    ranks = [steps(Sampler(101, 16, 3, rank, world_size, order=order), epoch=1) for rank in range(world_size)]
+    assert [sum(parts, []) for parts in zip(*ranks, strict=True)] == one
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_any_order_differs_by_epoch_and_seed_and_can_be_taken_up_anywhere(order):
+    orders = {tuple(joined(Sampler(48, 16, seed, order=order).epoch(epoch))) for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9
+    sampler = Sampler(101, 16, 3, order=order)
+    assert steps(sampler, 1, start=4) == steps(sampler, 1)[4:]
+
+
+def test_blocks_keep_neighbours_together():
+    order = blocked_permutation(1000, 5, 2, block=10, window=4)
+    assert sorted(order.tolist()) == list(range(1000))
+    for run in order.reshape(-1, 40):
+        assert len(set(run // 10)) == 4  # whole blocks
+        assert np.abs(np.diff(run)).min() >= 1 and (np.diff(run) == 1).mean() < 0.2  # and mixed
+    blocks = [run[0] // 10 for run in order.reshape(-1, 40)]
+    assert blocks != sorted(blocks)
+
+
+def test_a_last_block_that_is_not_full_takes_part():
+    order = blocked_permutation(23, 0, 0, block=5, window=2)
+    assert sorted(order.tolist()) == list(range(23))
+
+
+def test_every_place_gets_every_image_of_blocks_equally_often():
+    count, epochs = 8, 4000
+    table = np.zeros((count, count))
+    for epoch in range(epochs):
+        table[np.arange(count), blocked_permutation(count, 1, epoch, block=2, window=2)] += 1
+    expected = epochs / count
+    chi_square = ((table - expected) ** 2 / expected).sum()
+    freedom = (count - 1) ** 2
+    assert abs(chi_square - freedom) < 6 * np.sqrt(2 * freedom)  # two of a block come together: not independent
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_rank_is_only_asked_for_images_of_its_own_shards(world_size):
+    for rank in range(world_size):
+        own = set(shard(101, rank, world_size).tolist())
+        assert set(joined(Sampler(101, 16, 3, rank, world_size, order=Shards(4)).epoch(0))) <= own
+
+
+def test_every_step_takes_as_many_images_of_each_shard():
+    for step in steps(Sampler(100, 16, 3, order=Shards(4)), epoch=0):
+        assert [sum(i // 25 == s for i in step) for s in range(4)] == [4] * 4
+
+
+@pytest.mark.parametrize(("count", "world_size"), [(4, 3), (3, 1), (2, 4)])
+def test_shards_that_do_not_go_up_in_ranks_and_batch_are_refused(count, world_size):
+    with pytest.raises(DataError, match=rf"data\.source\.shards={count} must be a multiple of the {world_size} proc"):
+        Sampler(100, 16 if world_size != 3 else 48, 0, 0, world_size, order=Shards(count))
