@@ -174,7 +174,7 @@ class ProgressiveSizes(Section):
         if epoch >= self.until:
             return full
         share = self.start + (1 - self.start) * epoch / self.until
-        return min(full, max(1, round(full * share / self.multiple)) * self.multiple)
+        return min(full, max(1, int(full * share / self.multiple + 0.5)) * self.multiple)
 
 
 class ViewsConfig(Section):
