@@ -28,8 +28,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pipelines import build_loaders, count_images
-from pipelines.loader import ViewStream
+from pipelines import build_loaders, build_source, build_stream, count_images
 from pipelines.placement import settle
 from ressl import checkpoint
 from ressl.batch import DataError
@@ -45,7 +44,7 @@ from ressl.recorder import NonFiniteLoss, Recorder
 from ressl.run_dir import RunDirError, check_run_dir, checkpoint_path, config_path, keep_metrics_until, make_run_dir
 from ressl.runtime import MachineError, Runtime, launched
 from ressl.trainer import train
-from tools.convert import DiskFull
+from tools.convert import DiskFull, Format
 from tools.convert import convert as convert_data
 from tools.doctor import run_doctor
 from tools.plan import make_plan, print_plan
@@ -195,16 +194,17 @@ def quickstart(
 def convert(
     src: Annotated[str, typer.Argument(help="image folder, IDX directory, or torchvision:NAME[:ROOT]")],
     dst: Annotated[Path, typer.Argument(help="directory for the result")],
-    to: Annotated[Literal["ffcv", "tensor"], typer.Option(help="ffcv: .beton files; tensor: for the resident source")],
+    to: Annotated[Format, typer.Option(help="ffcv: .beton files; tensor: one file; webdataset: shards of image files")],
     mode: Annotated[Literal["auto", "jpg", "raw"], typer.Option(help="ffcv: how images are stored")] = "auto",
-    quality: Annotated[int, typer.Option(help="ffcv: JPEG quality, 1 to 100")] = 90,
+    quality: Annotated[int, typer.Option(help="JPEG quality, 1 to 100, of what is encoded anew")] = 90,
     max_side: Annotated[int | None, typer.Option(help="shrink larger images to this longer side, pixels")] = None,
     split: Annotated[str | None, typer.Option(help="take only this split, or name the only one")] = None,
     max_skipped: Annotated[float, typer.Option(help="share of unreadable images above which it fails")] = 0.01,
+    shuffle: Annotated[bool, typer.Option("--shuffle", help="mix the classes, for data.shuffle: blocks")] = False,
     workers: Annotated[int, typer.Option(help="threads; 0: all cores", min=0)] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace files that exist")] = False,
 ) -> None:
-    """Turns images into the files that the sources `ffcv` and `resident` read.
+    """Turns images into the files that the sources `ffcv`, `resident` (tensor) and `dali` (webdataset) read.
 
     Every image is decoded and checked. What cannot be read is named, counted, left out and listed in manifest.json.
     """
@@ -212,7 +212,7 @@ def convert(
         raise ConfigError("convert: SRC is empty")
     convert_data(
         src, dst, to, mode=mode, quality=quality, max_side=max_side, split=split, max_skipped=max_skipped,
-        workers=workers, overwrite=overwrite, console=Console(),
+        shuffle=shuffle, workers=workers, overwrite=overwrite, console=Console(),
     )  # fmt: skip
 
 
@@ -221,13 +221,19 @@ def views(
     config: ConfigFile,
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="the picture, PNG")] = Path("views.png"),
-    images: Annotated[int, typer.Option(help="rows of the picture", min=1, max=64)] = 8,
+    images: Annotated[int, typer.Option(help="columns of the picture", min=1, max=64)] = 8,
     epoch: Annotated[int, typer.Option(help="of which the first images are shown", min=0, max=2**31)] = 0,
+    compare: Annotated[Path | None, typer.Option(metavar="CONFIG", help="show its source beside the other")] = None,
 ) -> None:
-    """Draws what the networks see: each image with its weak view and its strong views, as the run would make them."""
+    """Draws what the networks see: each image with its weak view and its strong views, as the run would make them.
+
+    Below each view are the numbers that were drawn for it. With --compare the same images come from the sources of both
+    configs, cut with the same numbers, and the difference is drawn and measured.
+    """
     if not out.name:
         raise ConfigError(f"--out {out}: expected the name of a file, such as views.png")
-    _save_views(load_config(config, overrides or []), out, images, epoch)
+    other = load_config(compare, []) if compare else None
+    _save_views(load_config(config, overrides or []), out, images, epoch, other)
     plain_console().print(f"wrote {out}", soft_wrap=True)
 
 
@@ -319,14 +325,18 @@ def plain_console() -> Console:
     return Console(markup=False, highlight=False)
 
 
-def _save_views(cfg: Config, out: Path, images: int = 8, epoch: int = 0) -> None:
-    size = min(cfg.optim.batch_size, images)
-    data = cfg.data.model_copy(update={"source": cfg.data.source.model_copy(update={"val": None})})
+def _save_views(cfg: Config, out: Path, images: int = 8, epoch: int = 0, other: Config | None = None) -> None:
+    def say(message: str) -> None:
+        plain_console().print(message, soft_wrap=True)
+
+    device = torch.device("cuda" if cfg.run.device != "cpu" and torch.cuda.is_available() else "cpu")
+    source, second = (build_source(one.data, "train", device, say) if one else None for one in (cfg, other))
+    assert source is not None
+    size = min(cfg.optim.batch_size, len(source.labels))  # a few images can be shown, if not trained on
     optim = cfg.optim.model_copy(update={"batch_size": size, "accumulate": 1})
-    cfg = cfg.model_copy(update={"data": data, "optim": optim})
-    stream = build_loaders(cfg, device=torch.device("cpu")).train
-    assert isinstance(stream, ViewStream)
-    save_views(stream, out, images=images, epoch=epoch)
+    stream = build_stream(cfg.model_copy(update={"optim": optim}), source, device=device)
+    names = (f"1 {cfg.data.source.name}", f"2 {other.data.source.name}") if other else ("", "")
+    save_views(stream, out, images=images, epoch=epoch, other=second, names=names, report=say)
 
 
 def _evaluate_for_quickstart(cfg: Config, console: Console, *, untrained: bool) -> dict[str, float]:

@@ -17,6 +17,10 @@ from ressl.config import ViewConfig
 CROP_TRIES = 10  # as torchvision's RandomResizedCrop: a crop that does not fit the image is drawn again, so often
 GOLDEN = 0x9E3779B97F4A7C15  # 2**64 divided by the golden ratio
 LANES = 2 * CROP_TRIES + 16
+OPERATIONS = (  # of RandAugment, Cubuk et al. 2020, in torchvision's order
+    "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate",
+    "Brightness", "Color", "Contrast", "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,8 @@ class ViewParams:
     grayscale: Tensor  # (B,) bool
     sigma: Tensor  # (B,) float32: of the blur, in pixels of the view; 0: none
     solarize: Tensor  # (B,) bool
+    operations: Tensor  # (B, n) int64: places in OPERATIONS, in their order; n = 0 without RandAugment
+    reverse: Tensor  # (B, n) bool: whether the operation goes the other way, if it has two ways
 
 
 def draw_view(cfg: ViewConfig, original: Tensor, index: Tensor, *, seed: int, epoch: int, view: int) -> ViewParams:
@@ -45,6 +51,7 @@ def draw_view(cfg: ViewConfig, original: Tensor, index: Tensor, *, seed: int, ep
     strengths = zip(cfg.jitter[:3], (brightness, contrast, saturation), strict=True)
     factors = [torch.where(jittered, _between(max(0.0, 1 - x), 1 + x, v), 1.0) for x, v in strengths]
     turn = torch.where(jittered, _between(-cfg.jitter[3], cfg.jitter[3], hue), 0.0)
+    operations, reverse = draw_randaugment(cfg, index, seed=seed, epoch=epoch, view=view)
     return ViewParams(
         box=torch.stack([top * (1 - height), left * (1 - width), height, width], dim=1),
         flip=flip < cfg.flip_prob,
@@ -53,7 +60,16 @@ def draw_view(cfg: ViewConfig, original: Tensor, index: Tensor, *, seed: int, ep
         grayscale=grayscale < cfg.grayscale_prob,
         sigma=torch.where(blur < cfg.blur_prob, _between(*cfg.blur_sigma, sigma), 0.0),
         solarize=solarize < cfg.solarize_prob,
+        operations=operations,
+        reverse=reverse,
     )
+
+
+def draw_randaugment(cfg: ViewConfig, index: Tensor, *, seed: int, epoch: int, view: int) -> tuple[Tensor, Tensor]:
+    """`operations` and `reverse` of a ViewParams, each (B, n), from two lanes an operation behind the other LANES."""
+    n = cfg.randaugment[0] if cfg.randaugment else 0
+    u = uniforms(index, seed=seed, epoch=epoch, view=view, lanes=2 * n, first=LANES).view(len(index), n, 2)
+    return (u[..., 0] * len(OPERATIONS)).long(), u[..., 1] < 0.5
 
 
 def centre_view(original: Tensor, *, size: int, resize: int) -> ViewParams:
@@ -65,7 +81,8 @@ def centre_view(original: Tensor, *, size: int, resize: int) -> ViewParams:
     no = torch.zeros(len(box), dtype=torch.bool, device=box.device)
     one, zero = torch.ones_like(side), torch.zeros_like(side)
     order = torch.arange(4, device=box.device).expand(len(box), 4)
-    return ViewParams(box, no, torch.stack([one, one, one, zero], dim=1), order, no, zero, no)
+    jitter, none = torch.stack([one, one, one, zero], dim=1), order[:, :0]
+    return ViewParams(box, no, jitter, order, no, zero, no, operations=none, reverse=none.bool())
 
 
 def _crop_size(cfg: ViewConfig, original: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,11 +108,12 @@ def _crop_size(cfg: ViewConfig, original: Tensor, u: Tensor) -> tuple[Tensor, Te
     )
 
 
-def uniforms(index: Tensor, *, seed: int, epoch: int, view: int, lanes: int) -> Tensor:
-    """(B, lanes) float32 in [0, 1), multiples of 2**-24. `index` (B,) int64 decides the row, not its place in B."""
+def uniforms(index: Tensor, *, seed: int, epoch: int, view: int, lanes: int, first: int = 0) -> Tensor:
+    """(B, lanes) float32 in [0, 1), multiples of 2**-24: the lanes from `first` on. `index` (B,) int64 decides the row,
+    not its place in B."""
     key = _key(_key(_key(seed) + epoch) + view)
     row = _mix64(_mix64(index) ^ _signed(key))  # (B,)
-    lane = torch.arange(lanes, device=index.device, dtype=torch.int64)
+    lane = torch.arange(first, first + lanes, device=index.device, dtype=torch.int64)
     bits = _mix64(row.unsqueeze(1) + lane * _signed(GOLDEN))
     return _shift_right(bits, 40).float() * 2.0**-24
 

@@ -1,7 +1,8 @@
 """Cuts views from frames, a whole batch at a time, on any device: the definition that faster twins are held to.
 
 Antialiased random resized crop, flip, colour jitter in random order, grayscale, Gaussian blur, solarize, normalise: the
-order of SimCLR and of ReSSL's strong view. Every image has its own numbers (`draws.py`); none is read by the host.
+order of SimCLR and of ReSSL's strong view. RandAugment, which the paper does not use, comes after solarize and before
+normalising, a place of our choice. Every image has its own numbers (`draws.py`); none is read by the host.
 
 Crop, resize, flip and blur are linear along rows and columns, so each is a pair of small matrices per image and
 `_separable` is the only place where pixels are mixed. Colours follow torchvision.transforms.functional on floats.
@@ -9,7 +10,6 @@ Between the steps images are (B, 3, h, w) float32 in [0, 1], in the order `_sepa
 """
 
 import math
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from pipelines.draws import ViewParams
 from pipelines.frames import Frames
+from pipelines.per_image import grayscale, per_image, where_due
+from pipelines.randaugment import randaugment
 from ressl.config import ViewConfig
 
-LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601-2, the weights of PIL's and torchvision's grayscale
 CANVAS_BYTES = 1 << 28  # of float32 images that are resized at a time: one huge image in a batch must not take them all
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
@@ -38,12 +39,14 @@ def cut_view(
     if cfg.jitter_prob > 0:
         images = color_jitter(images, params.jitter, params.order, cfg.jitter)
     if cfg.grayscale_prob > 0:
-        images = _where(params.grayscale, grayscale, images)
+        images = where_due(params.grayscale, grayscale, images)
     if cfg.blur_prob > 0:
         blur = partial(gaussian_blur, max_sigma=cfg.blur_sigma[1])
-        images = _where(params.sigma > 0, blur, images, params.sigma)
+        images = where_due(params.sigma > 0, blur, images, params.sigma)
     if cfg.solarize_prob > 0:
-        images = _where(params.solarize, solarize, images)
+        images = where_due(params.solarize, solarize, images)
+    if cfg.randaugment is not None:
+        images = randaugment(images, params.operations, params.reverse, cfg.randaugment[1])
     return normalise(images, mean, std).to(dtype)
 
 
@@ -105,12 +108,12 @@ def color_jitter(images: Tensor, factors: Tensor, order: Tensor, strength: tuple
         if mixes:
             gray = grayscale(images)[:, :1]
             mean = gray.mean(dim=(1, 2, 3), keepdim=True)
-            partner = torch.where(_per_image(due == SATURATION), gray, 0.0)
-            partner = torch.where(_per_image(due == CONTRAST), mean, partner)
+            partner = torch.where(per_image(due == SATURATION), gray, 0.0)
+            partner = torch.where(per_image(due == CONTRAST), mean, partner)
             factor = torch.where(due == HUE, 1.0, factors.gather(1, due.unsqueeze(1)).squeeze(1))
-            images = torch.lerp(partner, images, _per_image(factor)).clamp_(0, 1)
+            images = torch.lerp(partner, images, per_image(factor)).clamp_(0, 1)
         if strength[HUE] > 0:
-            images = _where((due == HUE) & (factors[:, HUE] != 0), turn_hue, images, factors[:, HUE])
+            images = where_due((due == HUE) & (factors[:, HUE] != 0), turn_hue, images, factors[:, HUE])
     return images
 
 
@@ -125,12 +128,6 @@ def turn_hue(images: Tensor, turn: Tensor) -> Tensor:
     n = torch.arange(5, 0, -2, device=images.device)  # 5, 3, 1: https://en.wikipedia.org/wiki/HSL_and_HSV, alternative
     k = (sixth.unsqueeze(1) + n.view(3, 1, 1)) % 6
     return top.unsqueeze(1) - chroma.unsqueeze(1) * torch.minimum(k, 4 - k).clamp(0, 1)
-
-
-def grayscale(images: Tensor) -> Tensor:
-    """(B, 3, h, w) -> the same shape, all three channels equal."""
-    r, g, b = images.unbind(1)
-    return (LUMA[0] * r + LUMA[1] * g + LUMA[2] * b).unsqueeze(1).expand_as(images)
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor, max_sigma: float) -> Tensor:
@@ -173,17 +170,3 @@ def _separable(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     lines = images.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)  # (B, H, 3, W)
     out = torch.bmm(rows, lines.reshape(count, height, 3 * width)).view(count, -1, width)  # (B, h * 3, W)
     return torch.bmm(out, columns.transpose(1, 2)).view(count, rows.shape[1], 3, -1).transpose(1, 2)
-
-
-def _where(due: Tensor, op: Callable[..., Tensor], images: Tensor, *parameters: Tensor) -> Tensor:
-    """`op(images, *parameters)` for the images that are `due` (B,) bool, the others as they are."""
-    if images.is_cpu:  # here it costs nothing to ask which images are due, and much to change all of them
-        rows = due.nonzero().squeeze(1)
-        if len(rows) == 0:
-            return images
-        return images.index_copy(0, rows, op(images[rows], *(p[rows] for p in parameters)))
-    return torch.where(_per_image(due), op(images, *parameters), images)
-
-
-def _per_image(values: Tensor) -> Tensor:
-    return values.view(-1, 1, 1, 1)

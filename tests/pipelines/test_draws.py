@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
-from pipelines.draws import LANES, centre_view, draw_view, uniforms
+from pipelines.draws import LANES, OPERATIONS, centre_view, draw_randaugment, draw_view, uniforms
 from ressl.config import ViewConfig
 
 DRAWS = 20_000
@@ -280,6 +280,65 @@ def test_all_orders_of_jitter_are_equally_likely():
 def test_sigma_is_uniform_over_its_range():
     sigma = draw().sigma.double()
     assert_uniform(sigma[sigma > 0].numpy(), 0.1 - 1e-6, 2.0 + 1e-6)
+
+
+# --- RandAugment ------------------------------------------------------------------------------------------------------
+
+RANDAUGMENT = STRONG.model_copy(update={"randaugment": (3, 10)})
+
+
+def test_randaugment_takes_lanes_of_its_own():
+    """All other numbers of a view are what they were before there was RandAugment."""
+    assert LANES == 36
+    key = {"seed": 4, "epoch": 2, "view": 3}
+    index = torch.arange(50)
+    whole = uniforms(index, **key, lanes=LANES + 6)
+    assert torch.equal(whole[:, :LANES], uniforms(index, **key, lanes=LANES))
+    assert torch.equal(whole[:, LANES:], uniforms(index, **key, lanes=6, first=LANES))
+    operations, reverse = draw_randaugment(RANDAUGMENT, index, **key)
+    assert torch.equal(operations, (whole[:, LANES::2] * 14).floor().long())
+    assert torch.equal(reverse, whole[:, LANES + 1 :: 2] < 0.5)
+    plain, augmented = (draw(cfg, count=50) for cfg in (STRONG, RANDAUGMENT))
+    for name in plain.__slots__[:-2]:
+        assert torch.equal(getattr(plain, name), getattr(augmented, name)), name
+    assert plain.__slots__[-2:] == ("operations", "reverse")
+
+
+def test_operations_and_their_ways_never_change():
+    params = draw_view(RANDAUGMENT, torch.tensor([[375, 500]]), torch.tensor([42]), seed=1, epoch=2, view=1)
+    assert params.operations.tolist() == [[8, 12, 1]]
+    assert params.reverse.tolist() == [[True, True, True]]
+
+
+def test_operations_are_uniform_and_half_of_them_go_the_other_way():
+    params = draw(RANDAUGMENT)
+    for turn in range(3):
+        for operation in range(len(OPERATIONS)):
+            assert_rate(params.operations[:, turn] == operation, 1 / 14)
+        assert_rate(params.reverse[:, turn], 0.5)
+    pairs = (params.operations[:, 0] * 14 + params.operations[:, 1]).bincount(minlength=196)
+    chi_square = ((pairs - DRAWS / 196) ** 2 / (DRAWS / 196)).sum().item()
+    assert abs(chi_square - 195) < SIGMAS * math.sqrt(2 * 195)
+    assert abs(torch.corrcoef(torch.stack([params.operations[:, 0], params.reverse[:, 0]]).double())[0, 1]) < (
+        SIGMAS / math.sqrt(DRAWS)
+    )
+
+
+@pytest.mark.parametrize("n", [1, 2, 14])
+def test_there_are_n_operations_of_which_the_first_do_not_depend_on_n(n):
+    params = draw(STRONG.model_copy(update={"randaugment": (n, 30)}), count=100)
+    assert params.operations.shape == params.reverse.shape == (100, n)
+    assert (params.operations.dtype, params.reverse.dtype) == (torch.int64, torch.bool)
+    most = draw(STRONG.model_copy(update={"randaugment": (14, 5)}), count=100)
+    assert torch.equal(params.operations, most.operations[:, :n])
+    assert torch.equal(params.reverse, most.reverse[:, :n])
+
+
+def test_without_randaugment_there_are_no_operations():
+    sizes = torch.tensor([[30, 40]]).expand(7, 2)
+    for params in (draw(STRONG, count=7), centre_view(sizes, size=8, resize=8)):
+        assert params.operations.shape == params.reverse.shape == (7, 0)
+        assert (params.operations.dtype, params.reverse.dtype) == (torch.int64, torch.bool)
 
 
 # --- the centre ------------------------------------------------------------------------------------------------------

@@ -96,6 +96,8 @@ def plain(count: int, **changes: Tensor) -> ViewParams:
             grayscale=torch.zeros(count, dtype=torch.bool),
             sigma=torch.zeros(count),
             solarize=torch.zeros(count, dtype=torch.bool),
+            operations=torch.zeros(count, 0, dtype=torch.int64),
+            reverse=torch.zeros(count, 0, dtype=torch.bool),
         ),
         **changes,
     )
@@ -373,7 +375,7 @@ def test_the_frames_are_not_changed():
 
 @pytest.mark.gpu
 def test_views_on_the_gpu_are_those_on_the_cpu():
-    """There every step is worked out for all images and chosen afterwards: another path through `_where`."""
+    """There every step is worked out for all images and chosen afterwards: another path through `where_due`."""
     frames = batch([picture(seed, 30 + seed, 50) for seed in range(32)])
     params = draw_view(STRONG, frames.original, frames.index, seed=0, epoch=0, view=1)
     ours = cut_view(frames, params, STRONG, mean=MEAN, std=STD)
