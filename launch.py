@@ -46,6 +46,7 @@ from ressl.runtime import MachineError, Runtime, launched
 from ressl.trainer import train
 from tools.convert import DiskFull, Format
 from tools.convert import convert as convert_data
+from tools.decoding import shown_decoding
 from tools.doctor import run_doctor
 from tools.plan import make_plan, print_plan
 from tools.preview import save_views
@@ -77,15 +78,19 @@ def run(cfg: Config, console: Console) -> float:
     """Trains one run in this process, which may be one of several, and returns its images per second."""
     runtime = Runtime(cfg.run)
     torch.manual_seed(cfg.run.seed)  # the same on every rank: it draws the initial weights and the initial queue
-    loaders = build_loaders(
-        cfg,
-        device=runtime.device,
-        dtype=runtime.dtype,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        cores=settle(cfg.data.placement, runtime.device),
-        report=lambda message: recorder.bad_image(message),
-    )
+    recorder: Recorder | None = None
+    early: list[str] = []  # what is said of bad images before there is a record to say it to
+    with shown_decoding(console, enabled=runtime.is_main) as progress:
+        loaders = build_loaders(
+            cfg,
+            device=runtime.device,
+            dtype=runtime.dtype,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            cores=settle(cfg.data.placement, runtime.device),
+            report=lambda message: recorder.bad_image(message) if recorder else early.append(message),
+            progress=progress,
+        )
     per_rank = cfg.optim.batch_size // runtime.world_size // cfg.optim.accumulate
     normalised_together(cfg.encoder.batchnorm, per_rank, runtime.world_size)  # refuses a batch that cannot be split
     if cfg.run.knn_every:
@@ -113,6 +118,8 @@ def run(cfg: Config, console: Console) -> float:
         mean=runtime.collectives.mean,
         track=runtime.track if cfg.run.tensorboard else None,
     )
+    for message in early:
+        recorder.bad_image(message)
 
     def on_epoch_end(epochs: int, step: int) -> None:
         last = epochs == cfg.optim.epochs

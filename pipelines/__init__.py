@@ -2,7 +2,9 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -13,11 +15,17 @@ from ressl import config
 from ressl.batch import DataError, Loaders, Split
 
 Report = Callable[[str], None]
+Progress = Callable[[Split, int, int], None]
+Files = config.FolderSource | config.FfcvSource | config.DaliSource
 SPLITS: tuple[Split, ...] = ("train", "val")
 CPU = torch.device("cpu")
 
 
 def _silent(message: str) -> None:
+    pass
+
+
+def _no_progress(split: Split, done: int, count: int) -> None:
     pass
 
 
@@ -30,12 +38,17 @@ def build_loaders(
     world_size: int = 1,
     cores: int | None = None,
     report: Report = _silent,
+    progress: Progress = _no_progress,
 ) -> Loaders:
     """The streams of one rank. `dtype` is that of the training views; `cores` may decode, or all that the process may
-    run on; `report` is told of images that were replaced."""
-    train = build_source(cfg.data, "train", device, report, rank=rank, world_size=world_size, cores=cores)
+    run on; `report` is told of images that were replaced, `progress` of those that are decoded before the first step.
+    """
+    _check(cfg, device)
+    if isinstance(cfg.data.source, config.ResidentSource):  # decoding may take minutes: what is wrong is told before
+        _sampler(cfg, count_images(cfg.data), rank, world_size)
+    open_split = partial(build_source, rank=rank, world_size=world_size, cores=cores, progress=progress)
+    train, val = (open_split(cfg.data, split, device, report) for split in SPLITS)
     assert train is not None
-    val = build_source(cfg.data, "val", device, report, rank=rank, world_size=world_size, cores=cores)
     if val and train.classes and val.classes and train.classes != val.classes:
         missing = sorted(set(train.classes) ^ set(val.classes))
         raise DataError(
@@ -56,22 +69,31 @@ def build_stream(
     rank: int = 0,
     world_size: int = 1,
 ) -> ViewStream:
-    """The training stream of one rank. Raises DataError where the config asks for what this device cannot do."""
+    """The training stream of one rank, from a source that was built before."""
+    _check(cfg, device)
+    sampler = _sampler(cfg, len(source.labels), rank, world_size)
+    return ViewStream(source, sampler, cfg.views, cfg.data, device, dtype)
+
+
+def _check(cfg: config.Config, device: torch.device) -> None:
+    """Raises DataError where the config asks for what this device cannot do."""
     if cfg.views.impl == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise DataError("views.impl=triton needs a GPU: views.impl=auto takes the torch definition where there is none")
-    sampler = Sampler(
-        num_images=len(source.labels),
+
+
+def _sampler(cfg: config.Config, images: int, rank: int, world_size: int) -> Sampler:
+    return Sampler(
+        num_images=images,
         batch_size=cfg.optim.batch_size,
         seed=cfg.run.seed,
         rank=rank,
         world_size=world_size,
         accumulate=cfg.optim.accumulate,
-        order=order(cfg.data),
+        order=_order(cfg.data),
     )
-    return ViewStream(source, sampler, cfg.views, cfg.data, device, dtype)
 
 
-def order(cfg: config.DataConfig) -> Order:
+def _order(cfg: config.DataConfig) -> Order:
     """Images that ranks hold in shards are shuffled inside those, whatever `shuffle` says."""
     if isinstance(cfg.source, config.ResidentSource) and cfg.source.shards > 1:
         return Shards(cfg.source.shards)
@@ -87,8 +109,9 @@ def build_source(
     rank: int = 0,
     world_size: int = 1,
     cores: int | None = None,
+    progress: Progress = _no_progress,
 ) -> Source | None:
-    """Each format in its own file, whose heavy imports happen only where it is chosen. None: no such split is set."""
+    """The images of a split, for one rank; None where no such split is set."""
     path = _place(cfg, split)
     if path is None:
         return None
@@ -100,80 +123,54 @@ def build_source(
         case config.ResidentSource() as resident:
             from pipelines.resident_source import ResidentSource
 
-            decoder = _decoder(resident, path)
+            files = _decoder(resident, path)
             return ResidentSource(
                 path,
                 resident,
                 device,
                 rank=rank,
                 world_size=world_size,
-                decoder=None if decoder is None else lambda: _opened(cfg, decoder, device, report, cores),
+                decoder=None if files is None else partial(_open, files, path, cfg.on_corrupt, device, report, cores),
+                progress=partial(progress, split),
             )
+        case files:
+            return _open(files, path, cfg.on_corrupt, device, report, cores)
+
+
+def _open(
+    files: Files,
+    path: Path,
+    on_corrupt: Literal["replace", "fail"],
+    device: torch.device,
+    report: Report,
+    cores: int | None,
+) -> Source:
+    """Each format in its own file, whose heavy imports happen only where it is chosen."""
+    workers, pin = files.workers or cores or len(os.sched_getaffinity(0)), device.type == "cuda"
+    match files:
         case config.FolderSource(max_side=max_side):
             from pipelines.folder_source import FolderSource
 
-            return FolderSource(
-                path,
-                workers=_workers(cfg.source, cores),
-                max_side=max_side,
-                on_corrupt=cfg.on_corrupt,
-                report=report,
-                pin=device.type == "cuda",
-            )
+            return FolderSource(path, workers=workers, max_side=max_side, on_corrupt=on_corrupt, report=report, pin=pin)
+        case config.FfcvSource(cache=cache):
+            from pipelines.ffcv_source import FfcvSource
+
+            return FfcvSource(path, workers=workers, cache=cache, on_corrupt=on_corrupt, report=report, pin=pin)
         case config.DaliSource(max_side=max_side, hw_decoder_load=load):
             from pipelines.dali_source import DaliSource
 
             return DaliSource(
                 path,
                 device=device,
-                workers=_workers(cfg.source, cores),
+                workers=workers,
                 max_side=max_side,
                 hw_decoder_load=load,
-                on_corrupt=cfg.on_corrupt,
+                on_corrupt=on_corrupt,
                 report=report,
             )
-        case config.FfcvSource(cache=cache):
-            from pipelines.ffcv_source import FfcvSource
-
-            return FfcvSource(
-                path,
-                workers=_workers(cfg.source, cores),
-                cache=cache,
-                on_corrupt=cfg.on_corrupt,
-                report=report,
-                pin=device.type == "cuda",
-            )
 
 
-def count_images(cfg: config.DataConfig) -> int:
-    """Images to train on. Opens both splits, so that what is wrong with either comes out, but decodes nothing."""
-    if isinstance(cfg.source, config.SyntheticSource):
-        return cfg.source.images
-    counts = []
-    for split in SPLITS:
-        path = _place(cfg, split)
-        decoder = _decoder(cfg.source, path) if path and isinstance(cfg.source, config.ResidentSource) else None
-        source = build_source(cfg, split, CPU) if decoder is None else _opened(cfg, decoder, CPU, _silent, None)
-        counts.append(len(source.labels) if source else 0)
-    return counts[0]
-
-
-def _opened(
-    cfg: config.DataConfig, source: config.Source, device: torch.device, report: Report, cores: int | None
-) -> Source:
-    opened = build_source(cfg.model_copy(update={"source": source}), "train", device, report, cores=cores)
-    assert opened is not None
-    return opened
-
-
-def _place(cfg: config.DataConfig, split: Split) -> Path | None:
-    """Of the split's files. Noise has no place: it is named so."""
-    if isinstance(cfg.source, config.SyntheticSource):
-        return Path("noise") if split == "train" else None
-    return cfg.source.train if split == "train" else cfg.source.val
-
-
-def _decoder(cfg: config.ResidentSource, path: Path) -> config.Source | None:
+def _decoder(cfg: config.ResidentSource, path: Path) -> Files | None:
     """What decodes the images that are to be resident; None for a file that holds decoded ones."""
     if path.suffix == ".beton":
         return config.FfcvSource(name="ffcv", train=path, workers=cfg.workers)
@@ -184,5 +181,29 @@ def _decoder(cfg: config.ResidentSource, path: Path) -> config.Source | None:
     return None
 
 
-def _workers(cfg: config.FolderSource | config.DaliSource | config.FfcvSource, cores: int | None) -> int:
-    return cfg.workers or cores or len(os.sched_getaffinity(0))
+def _place(cfg: config.DataConfig, split: Split) -> Path | None:
+    """Of the split's files. Noise has no place: it is named so."""
+    if isinstance(cfg.source, config.SyntheticSource):
+        return Path("noise") if split == "train" else None
+    return cfg.source.train if split == "train" else cfg.source.val
+
+
+def count_images(cfg: config.DataConfig) -> int:
+    """Images to train on. Opens both splits, so that what is wrong with either comes out, but decodes nothing."""
+    counts = [_count(cfg, path) for split in SPLITS if (path := _place(cfg, split))]
+    return counts[0]
+
+
+def _count(cfg: config.DataConfig, path: Path) -> int:
+    match cfg.source:
+        case config.SyntheticSource(images=count):
+            return count
+        case config.ResidentSource() as resident:
+            files = _decoder(resident, path)
+            if files is None:
+                from pipelines.tensor_file import read_tensor_file
+
+                return len(read_tensor_file(path).label)
+        case files:
+            pass
+    return len(_open(files, path, cfg.on_corrupt, CPU, _silent, None).labels)

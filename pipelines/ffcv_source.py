@@ -38,7 +38,7 @@ class FfcvSource:
         pin: bool = False,
     ) -> None:
         self.beton: Beton = open_beton(path)
-        self.labels, self.classes = self.beton.label, classes_of(path)
+        self.labels, self.classes, self.index = self.beton.label, classes_of(path), self.beton.index
         self.workers, self.cache, self.pin = workers, cache, pin
         self.on_corrupt, self.report = on_corrupt, report
         nothing = np.zeros(0, np.int64)

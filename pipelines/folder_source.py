@@ -31,7 +31,7 @@ class FolderSource:
     ) -> None:
         folder = scan_folder(root)
         self.root, self.paths = folder.root, folder.paths
-        self.labels, self.classes = folder.labels, folder.classes
+        self.labels, self.classes, self.index = folder.labels, folder.classes, np.arange(len(folder.labels))
         self.workers, self.max_side, self.pin = workers, max_side, pin
         self.on_corrupt, self.report = on_corrupt, report
 

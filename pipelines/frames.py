@@ -90,6 +90,7 @@ class Source(Protocol):
     """A data set of images in some format. A source knows nothing of views, epochs or ranks."""
 
     labels: np.ndarray  # (N,) int64, -1 where unknown
+    index: np.ndarray  # (N,) int64, the image's entry in its data set
     classes: tuple[str, ...]  # class names; label i is classes[i]
 
     def stream(self, batches: Iterable[np.ndarray], *, salt: int) -> Iterator[Frames]:

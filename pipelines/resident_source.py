@@ -1,47 +1,318 @@
-"""The whole data set, decoded, in the memory of the device. Nothing is read, decoded or copied while training."""
+"""A whole data set, decoded once, in memory. Nothing is read or decoded while training.
 
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+Images lie in one buffer without gaps, in RGB or as planes of YUV 4:2:0 (`yuv.py`). Sizes may show only on decoding, so
+the buffer is as long as the limit, in plain memory whose pages are taken as they fill. For `memory: device` it is then
+copied to the device at its exact length: the machine holds the images too until then, but neither holds them twice.
+For `memory: host` it stays as it is, and each batch goes through a page-locked buffer of its own; torch would round a
+page-locked buffer up to a power of two, and only what a GPU copies from gains by being one.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from pipelines.frames import Frames
-from pipelines.tensor_file import read_tensor_file
+from pipelines.beton import open_beton
+from pipelines.frames import Frames, Source, host_buffer
+from pipelines.images import MAX_PIXELS
+from pipelines.prefetch import prefetch
+from pipelines.sampler import shard
+from pipelines.shards import INDEX, read_index
+from pipelines.tensor_file import TensorFile, read_tensor_file
+from pipelines.yuv import planar_bytes, to_rgb, to_yuv420
+from ressl.batch import DataError
+from ressl.config import ResidentSource as Config
+
+CPU = torch.device("cpu")
+DECODE_BATCH = 64
+SURE, SURE_SHARE = 256, 0.05  # images, and share of them, that must be decoded before the rest is judged by them
 
 
 class ResidentSource:
-    """A file that `launch.py convert --to tensor` wrote. Its frames all share one buffer; only numbers are indexed."""
+    """The images of a tensor file, or of what `decoder` reads at `path`, held as `cfg` says.
 
-    def __init__(self, path: Path, device: torch.device) -> None:
-        data = read_tensor_file(path)
-        size = data.size.numpy()
-        self.labels = data.label.numpy()
-        self.classes = data.classes
-        self.all = Frames(
-            pixels=data.pixels,
-            offset=data.offset,
-            size=data.size,
-            stride=3 * data.size[:, 1],
-            original=data.original,
-            index=data.index,
-            label=data.label,
-            extent=(int(size[:, 0].max()), int(size[:, 1].max())),
-        ).to(device)
+    With `cfg.shards` above 1 a rank holds only its own part of the positions (`sampler.shard`), else all. `labels` are
+    those of the whole set. `progress` is told how many images of how many are decoded. Raises DataError for what does
+    not fit (`Demand`).
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        cfg: Config,
+        device: torch.device,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        decoder: Callable[[], Source] | None = None,
+        progress: Callable[[int, int], None] = lambda done, count: None,
+    ) -> None:
+        if cfg.shards > 1 and cfg.shards % world_size:
+            raise DataError(f"data.source.shards={cfg.shards} must be a multiple of the {world_size} processes")
+        source = _FileImages(read_tensor_file(path)) if decoder is None else decoder()
+        ranks = world_size if cfg.shards > 1 else 1
+        part = shard(len(source.labels), rank if ranks > 1 else 0, ranks)
+        demand = Demand(path, cfg, len(source.labels), len(part), ranks, min(_limits(cfg, device), key=_length))
+        if (sizes := _known_sizes(path, source, cfg.max_side)) is not None:
+            demand.check(sizes[part], int(_image_bytes(sizes[part], cfg.pixels).sum()))
+        self.cfg, self.device = cfg, device
+        self.labels, self.classes, self.index = source.labels, source.classes, source.index
+        self.first, self.count = len(source.labels) * rank // ranks if ranks > 1 else 0, len(part)
+        held, self.start = _decode(source, part, demand, device, progress)
+        self.size = held.size.numpy()
+        del source  # a decoder may take memory of the device for itself
+        try:
+            self.held = held.to(device if cfg.memory == "device" else CPU)
+        except torch.OutOfMemoryError:
+            raise DataError(replace(demand, limit=_device_limit(device)).refusal(self.size)) from None
 
     def stream(self, batches: Iterable[np.ndarray], *, salt: int) -> Iterator[Frames]:
-        device = self.all.pixels.device
+        """Raises IndexError for a position that this rank does not hold."""
+        for positions in batches:
+            rows = positions - self.first
+            if (outside := (rows < 0) | (rows >= self.count)).any():
+                raise IndexError(
+                    f"position {positions[outside][0]} is not among the {self.count:,} from {self.first:,} on "
+                    "that this rank holds"
+                )
+            frames = self._take(rows)
+            if self.cfg.pixels == "yuv420":
+                if frames.pixels.device.type != self.device.type:
+                    frames = frames.pin_memory().to(self.device, non_blocking=True)
+                frames = to_rgb(frames)
+            yield frames
+
+    def _take(self, rows: np.ndarray) -> Frames:
+        """The images in these `rows` of the tables, still planes if they are held so."""
+        held, at = self.held, torch.from_numpy(rows)
+        if held.pixels.is_cuda:
+            at = at.pin_memory().to(held.pixels.device, non_blocking=True)
+        height, width = self.size[rows].max(axis=0).tolist()
+        frames = Frames(
+            pixels=held.pixels,
+            offset=held.offset[at],
+            size=held.size[at],
+            stride=held.stride[at],
+            original=held.original[at],
+            index=held.index[at],
+            label=held.label[at],
+            extent=(height, width),
+        )
+        if self.cfg.memory == "device":
+            return frames
+        pixels, offset = self._gather(rows, slack=3 * (width + 1))
+        return replace(frames, pixels=pixels, offset=offset)
+
+    def _gather(self, rows: np.ndarray, slack: int) -> tuple[Tensor, Tensor]:
+        """The images of a batch one after another in a new buffer, page-locked for a GPU; and their offsets."""
+        first, end = self.start[rows], self.start[rows + 1]
+        until = np.cumsum(end - first)
+        offset = until - (end - first)
+        pixels = host_buffer(int(until[-1]) + slack, pin=self.device.type == "cuda")
+        into, source = pixels.numpy(), self.held.pixels.numpy()
+        for at, to, begin, stop in zip(offset.tolist(), until.tolist(), first.tolist(), end.tolist(), strict=True):
+            into[at:to] = source[begin:stop]
+        return pixels, torch.from_numpy(offset)
+
+
+# --- decoding --------------------------------------------------------------------------------------------------------
+
+
+class _FileImages:
+    """A tensor file as a source."""
+
+    def __init__(self, file: TensorFile) -> None:
+        self.file, self.labels, self.classes = file, file.label.numpy().copy(), file.classes
+        self.index = file.index.numpy().copy()
+
+    def stream(self, batches: Iterable[np.ndarray], *, salt: int) -> Iterator[Frames]:
+        file = self.file
         for positions in batches:
             rows = torch.from_numpy(positions)
-            if device.type == "cuda":
-                rows = rows.pin_memory().to(device, non_blocking=True)
-            yield replace(
-                self.all,
-                offset=self.all.offset[rows],
-                size=self.all.size[rows],
-                stride=self.all.stride[rows],
-                original=self.all.original[rows],
-                index=self.all.index[rows],
-                label=self.all.label[rows],
+            size = file.size[rows]
+            yield Frames(
+                pixels=file.pixels,
+                offset=file.offset[rows],
+                size=size,
+                stride=3 * size[:, 1],
+                original=file.original[rows],
+                index=file.index[rows],
+                label=file.label[rows],
+                extent=(int(size[:, 0].max()), int(size[:, 1].max())),
             )
+
+
+def _decode(
+    source: Source, part: np.ndarray, demand: "Demand", device: torch.device, progress: Callable[[int, int], None]
+) -> tuple[Frames, np.ndarray]:
+    """The images at the positions `part`, one after another, on the host; and (n + 1,) int64, where each starts, then
+    the end. Planes are made on `device`."""
+    count = len(part)
+    size, original = np.empty((count, 2), np.int32), np.empty((count, 2), np.int32)
+    index, label, start = np.empty(count, np.int64), np.empty(count, np.int64), np.zeros(count + 1, np.int64)
+    buffer = torch.from_numpy(np.empty(demand.limit.bytes + 3 * (MAX_PIXELS + 1), np.uint8))
+    batches = [part[at : at + DECODE_BATCH] for at in range(0, count, DECODE_BATCH)]
+    done = 0
+    # in a thread of its own, so that a batch is decoded while the one before it is converted
+    with closing(prefetch(source.stream(batches, salt=0), CPU, depth=1)) as stream:
+        for frames in stream:
+            here = slice(done, done + len(frames.offset))
+            size[here], original[here] = frames.size.cpu().numpy(), frames.original.cpu().numpy()
+            index[here], label[here] = frames.index.cpu().numpy(), frames.label.cpu().numpy()
+            start[done + 1 : here.stop + 1] = start[done] + np.cumsum(_image_bytes(size[here], demand.cfg.pixels))
+            demand.check(size[: here.stop], int(start[here.stop]))
+            images = _images(frames)
+            flat = _as_planes(images, device) if demand.cfg.pixels == "yuv420" else [i.flatten() for i in images]
+            for row, image in enumerate(flat, done):
+                buffer[start[row] : start[row + 1]] = image
+            done = here.stop
+            progress(done, count)
+    widest = int(size[:, 1].max(initial=0))
+    width = torch.from_numpy(size[:, 1].copy())
+    held = Frames(
+        pixels=buffer[: start[-1] + 3 * (widest + 1)],
+        offset=torch.from_numpy(start[:-1].copy()),
+        size=torch.from_numpy(size),
+        stride=width if demand.cfg.pixels == "yuv420" else 3 * width,
+        original=torch.from_numpy(original),
+        index=torch.from_numpy(index),
+        label=torch.from_numpy(label),
+        extent=(int(size[:, 0].max(initial=0)), widest),
+    )
+    return held, start
+
+
+def _images(frames: Frames) -> list[Tensor]:
+    """Each image as (H, W, 3), in place."""
+    numbers = zip(frames.offset.tolist(), frames.stride.tolist(), frames.size.tolist(), strict=True)
+    return [
+        frames.pixels[first : first + stride * (height - 1) + 3 * width].as_strided((height, width, 3), (stride, 3, 1))
+        for first, stride, (height, width) in numbers
+    ]
+
+
+def _as_planes(images: list[Tensor], device: torch.device) -> list[Tensor]:
+    """(H, W, 3) each -> (bytes,) each, on the host. Images of one size go together."""
+    rows: dict[torch.Size, list[int]] = {}
+    for row, image in enumerate(images):
+        rows.setdefault(image.shape, []).append(row)
+    flat = list(images)
+    for group in rows.values():
+        planes = to_yuv420(torch.stack([images[row] for row in group]).to(device)).cpu()
+        for row, image in zip(group, planes, strict=True):
+            flat[row] = image
+    return flat
+
+
+# --- what fits -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """What a rank's images may take, what sets it, and what would raise it."""
+
+    bytes: int
+    name: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a rank is to hold, and in how much memory."""
+
+    path: Path
+    cfg: Config
+    images: int  # of the whole set
+    held: int  # of them by this rank
+    ranks: int  # that share the set
+    limit: Limit
+
+    def check(self, size: np.ndarray, spent: int) -> None:
+        """Raises DataError when images of these sizes (n, 2), which take `spent` bytes, are too much already, or when
+        all those to be held will be, beyond doubt: images come class by class, so the first may be unlike the rest."""
+        done = len(size)
+        sure = done == self.held or done >= max(SURE, SURE_SHARE * self.held)
+        doubt = 0.5 * (1 - done / max(1, self.held))
+        if spent > self.limit.bytes or (sure and spent * self.held > self.limit.bytes * (1 + doubt) * done):
+            raise DataError(self.refusal(size))
+
+    def refusal(self, size: np.ndarray) -> str:
+        """The arithmetic of what does not fit, and what would help. `size` (n, 2): of the first n images, or of all."""
+        done, form = len(size), "RGB" if self.cfg.pixels == "rgb" else "yuv420"
+        spent = float(_image_bytes(size, self.cfg.pixels).sum())
+        known = "" if done == self.held else f", the mean of the first {done:,}"
+        shared = f" / {self.ranks} ranks = {self.held:,}" if self.ranks > 1 else ""
+        message = (
+            f"{self.path}: {self.images:,} images{shared} x {_amount(spent / done)} ({form}{known}) = "
+            f"{_amount(spent * self.held / done)}{' a rank' if shared else ''}, over {self.limit.name}; "
+        )
+        if form == "RGB":
+            planes = float(_image_bytes(size, "yuv420").sum())
+            message += f"data.source.pixels=yuv420 would make it {_amount(planes * self.held / done)}; "
+        smaller = "lower data.source.max_side" if self.path.is_dir() else "convert again with a smaller --max-side"
+        return (
+            f"{message}{self.limit.remedy}, {smaller}, or share the images out over more processes (data.source.shards)"
+        )
+
+
+def _limits(cfg: Config, device: torch.device) -> list[Limit]:
+    """The budget and the memory that is free now: on the machine, for each of its ranks, and on the device."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    free = _free_memory() // ranks
+    each = f" for each of its {ranks} processes" if ranks > 1 else ""
+    limits = [
+        Limit(int(cfg.budget_gb * 10**9), f"data.source.budget_gb={cfg.budget_gb:g}", "raise the budget"),
+        Limit(free, f"the {_amount(free)} of memory that are free on this machine{each}", "free some memory"),
+    ]
+    if device.type == "cuda" and cfg.memory == "device":
+        limits.append(_device_limit(device))
+    return limits
+
+
+def _device_limit(device: torch.device) -> Limit:
+    free = torch.cuda.mem_get_info(device)[0]
+    return Limit(free, f"the {_amount(free)} of memory that are free on {device}", "set data.source.memory=host")
+
+
+def _length(limit: Limit) -> int:
+    return limit.bytes
+
+
+def _free_memory() -> int:
+    """Bytes that the machine can give without swapping."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("/proc/meminfo has no MemAvailable")
+
+
+def _known_sizes(path: Path, source: Source, max_side: int | None) -> np.ndarray | None:
+    """(N, 2) height and width of all images as they will be held, where a table in their file has them."""
+    if isinstance(source, _FileImages):
+        return source.file.size.numpy()
+    if path.suffix == ".beton":
+        return open_beton(path).size
+    if not (path / INDEX).exists():
+        return None
+    size = read_index(path).size
+    longer = size.max(axis=1, keepdims=True)
+    if max_side is None:
+        return size
+    return np.where(longer > max_side, np.rint(size * max_side / longer).clip(min=1), size).astype(np.int32)
+
+
+def _image_bytes(size: np.ndarray, pixels: str) -> np.ndarray:
+    """(n,) int64 from (n, 2) height and width."""
+    return planar_bytes(size) if pixels == "yuv420" else 3 * size.prod(axis=1, dtype=np.int64)
+
+
+def _amount(count: float) -> str:
+    for unit, length in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if count >= length:
+            return f"{count / length:,.1f} {unit}"
+    return f"{count:,.0f} bytes"

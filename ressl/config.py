@@ -59,8 +59,8 @@ class FolderSource(Section):
 
 
 class DaliSource(Section):
-    """Image files, or WebDataset shards of them (`launch.py convert --to webdataset`), decoded by DALI: on the GPU, with
-    its JPEG engines, where there is one."""
+    """Image files, or WebDataset shards of them (`launch.py convert --to webdataset`), decoded by DALI: on the GPU,
+    with its JPEG engines, where there is one."""
 
     name: Literal["dali"]
     train: UserPath
@@ -79,13 +79,13 @@ class ResidentSource(Section):
     train: UserPath
     val: UserPath | None = None
     memory: Literal["device", "host"] = "device"
-    """device: of the GPU. host: page-locked memory of the machine, copied to the GPU batch by batch."""
+    """device: of the GPU. host: of the machine, copied to the GPU batch by batch through page-locked buffers."""
     pixels: Literal["rgb", "yuv420"] = "rgb"
     """yuv420: colour at half the resolution, in half the memory; a choice that changes the pixels."""
     shards: Annotated[int, Field(ge=1, le=4096)] = 1
     """Parts that the set is cut into and the ranks share; images are shuffled inside each. 1: every rank holds all."""
     budget_gb: Positive = 8.0
-    """Memory that the images of both splits may take in each rank, 10**9 bytes."""
+    """Memory that the images of one split may take in each rank, 10**9 bytes."""
     workers: Workers = 0
     max_side: MaxSide = 512
 
@@ -116,9 +116,9 @@ class DataConfig(Section):
     prefetch: Annotated[int, Field(ge=1, le=16)] = 2
     """Batches prepared ahead, per rank."""
     shuffle: Literal["global", "blocks"] = "global"
-    """Order of an epoch. global: any image may follow any other. blocks: blocks of `block` neighbours are shuffled, then
-    the images inside each run of `window` blocks; for data that memory cannot hold, whose neighbours are read together.
-    Neighbours should be unlike: `launch.py convert --shuffle` mixes the classes."""
+    """Order of an epoch. global: any image may follow any other. blocks: blocks of `block` neighbours are shuffled,
+    then the images inside each run of `window` blocks; for data that memory cannot hold, whose neighbours are read
+    together. Neighbours should be unlike: `launch.py convert --shuffle` mixes the classes."""
     block: Count = 256
     window: Count = 64
     placement: Literal["auto", "none"] = "auto"

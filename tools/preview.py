@@ -71,13 +71,11 @@ def save_views(
     found = positions
     if other is not None:
         index = frames.index.cpu().numpy()
-        found = _find(stream, other, index, positions)
+        found = _find(other, index)
         for missing in index[found < 0]:
-            report(f"image {missing} is not in {names[1]}, or not in the order of its index: left out")
+            report(f"image {missing} is not in {names[1]}: left out")
         if (found < 0).all():
-            raise DataError(
-                f"{names[1]}: has none of the {len(index)} images; one whose images are shuffled goes first"
-            )
+            raise DataError(f"{names[1]}: has none of the {len(index)} images that are first in {names[0]}")
         frames, found = _read(stream, stream.source, positions[found >= 0]), found[found >= 0]
 
     params = stream.params(frames, epoch)
@@ -96,22 +94,11 @@ def _read(stream: ViewStream, source: Source, positions: np.ndarray) -> Frames:
         return next(frames)
 
 
-def _find(stream: ViewStream, source: Source, index: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """(B,) int64, where `source` has the images of `index`, -1 where it has not.
-
-    Sources tell the index of an image when they are asked for it. They keep their images in the order of the index, or
-    in the same order as another source; so an image is looked for at its own position there, then at its index, and
-    then as many places before as there are images missing.
-    """
-    found, place = np.full(len(index), -1), positions
-    for attempt in range(10):
-        place = place.clip(0, len(source.labels) - 1)
-        got = _read(stream, source, place).index.cpu().numpy()
-        found = np.where(got == index, place, found)
-        if (found >= 0).all():
-            break
-        place = np.where(found >= 0, found, index if attempt == 0 else place - (got - index))
-    return found
+def _find(source: Source, index: np.ndarray) -> np.ndarray:
+    """(B,) int64, where `source` has the images of `index`, -1 where it has not."""
+    order = np.argsort(source.index, kind="stable")
+    place = order[np.searchsorted(source.index, index, sorter=order).clip(max=len(order) - 1)]
+    return np.where(source.index[place] == index, place, -1)
 
 
 def _cut(stream: ViewStream, name: str, frames: Frames, params: Sequence[ViewParams], epoch: int) -> Cut:

@@ -1,6 +1,5 @@
 """What every source of images owes, whatever its format: the promises of `ressl.batch`, on the same tiny images."""
 
-import copy
 import io
 import threading
 import time
@@ -91,12 +90,12 @@ def sources(data):
     return get
 
 
-def open_source(data: Path, chosen: dict):
+def open_source(data: Path, chosen: dict, device: torch.device = CPU):
     """As a run would, from the config."""
     pytest.importorskip({"ffcv": "ffcv", "dali": "nvidia.dali"}.get(chosen["name"], "torch"))
     place = {"train": data / chosen["train"]} if "train" in chosen else {}
     cfg = DataConfig.model_validate({"source": chosen | place, "on_corrupt": "fail"})
-    return build_source(cfg, "train", CPU, print)
+    return build_source(cfg, "train", device, print)
 
 
 @pytest.fixture(params=[*LOSSLESS, *OTHERS])
@@ -371,12 +370,11 @@ def test_a_split_that_is_not_there_is_refused(sources):
 
 
 @pytest.mark.gpu
-def test_a_resident_set_on_the_gpu_gives_the_views_of_the_cpu(sources):
-    on_cpu = sources("resident")
-    on_gpu = copy.copy(on_cpu)
-    on_gpu.all = on_cpu.all.to(torch.device("cuda"))
-    theirs = replace(stream(on_gpu), device=torch.device("cuda"))
-    for a, b in zip(stream(on_cpu).epoch(0), theirs.epoch(0), strict=True):
+@pytest.mark.parametrize("name", [*LOSSLESS, *OTHERS])
+def test_on_a_gpu_every_source_gives_the_views_of_the_cpu(data, sources, name):
+    device = torch.device("cuda")
+    theirs = replace(stream(open_source(data, (LOSSLESS | OTHERS)[name], device)), device=device)
+    for a, b in zip(stream(sources(name)).epoch(0), theirs.epoch(0), strict=True):
         assert torch.equal(a.index, b.index.cpu())
         for x, y in zip(views(a), views(b), strict=True):
-            assert (x - y.cpu()).abs().max() < 1e-3
+            assert y.is_cuda and (x - y.cpu()).abs().max() < 1e-3

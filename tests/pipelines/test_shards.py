@@ -1,0 +1,179 @@
+"""The index of WebDataset shards: images are read from where it says, and nothing damaged is believed."""
+
+import io
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.images import BadImage
+from pipelines.shards import ShardFiles, read_index
+from ressl.batch import DataError
+from tools.shard_writer import Member, write_shards
+
+COUNT = 9
+
+
+def member(index: int) -> Member:
+    file = io.BytesIO()
+    image = np.random.default_rng(index).integers(0, 256, (8 + index, 12, 3), dtype=np.uint8)
+    Image.fromarray(image).save(file, "PNG")
+    size = (8 + index, 12)
+    return Member(file.getvalue(), ".png", size, (2 * size[0], 24), index % 3 - 1, 10 * index, f"c/{index}\u00e9.png")
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    write_shards(tmp_path, map(member, range(COUNT)), COUNT, shard_images=2)
+    return tmp_path
+
+
+def change(root: Path, **arrays) -> None:
+    """Writes the index anew with other arrays."""
+    with np.load(root / "index.npz") as file:
+        changed = {name: arrays.get(name, file[name]) for name in file.files}
+    np.savez(root / "index.npz", **{name: array for name, array in changed.items() if array is not None})
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def stored(root: Path, name: str) -> np.ndarray:
+    with np.load(root / "index.npz") as file:
+        return file[name]
+
+
+def test_images_are_read_in_any_order_and_by_several_threads(root):
+    files, wrong = ShardFiles(read_index(root)), []
+
+    def read(seed: int) -> None:
+        for i in np.random.default_rng(seed).permutation(np.tile(np.arange(COUNT), 20)).tolist():
+            if files.read(i) != member(i).data:
+                wrong.append(i)
+
+    readers = [threading.Thread(target=read, args=(seed,)) for seed in range(3)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    assert wrong == []
+
+
+def test_the_tables_hold_what_was_written(root):
+    index = read_index(root)
+    assert index.shards == tuple(f"shard-{i:05}.tar" for i in range(5))
+    assert index.size.tolist() == [[8 + i, 12] for i in range(COUNT)]
+    assert index.original.tolist() == [[16 + 2 * i, 24] for i in range(COUNT)]
+    assert index.label.tolist() == [i % 3 - 1 for i in range(COUNT)]
+    assert index.index.tolist() == [10 * i for i in range(COUNT)]
+    assert [index.name(i) for i in range(COUNT)] == [f"c/{i}\u00e9.png" for i in range(COUNT)]
+    assert index.classes == ()
+    assert ShardFiles(index).where(3) == f"{root}/shard-00001.tar: c/3\u00e9.png"
+
+
+def test_more_shards_than_may_stay_open_are_read_all_the_same(root):
+    before = open_files()
+    files = ShardFiles(read_index(root), max_open=2)
+    for _ in range(3):
+        assert [files.read(i) for i in range(COUNT)] == [member(i).data for i in range(COUNT)]
+    assert open_files() == before + 2
+    del files
+    assert open_files() == before
+
+
+def test_a_shard_that_is_cut_or_removed_while_it_is_read_is_a_bad_image(root):
+    files = ShardFiles(read_index(root))
+    files.read(0)
+    os.truncate(root / "shard-00000.tar", 600)
+    with pytest.raises(BadImage, match=r"the shard ends after 88 of its"):
+        files.read(0)
+    (root / "shard-00001.tar").unlink()
+    with pytest.raises(BadImage, match="cannot be read: no such file"):
+        files.read(2)
+
+
+def test_what_is_no_index_is_refused(root):
+    path = root / "index.npz"
+    whole = path.read_bytes()
+    for data in (b"", b"text", whole[: len(whole) // 2], whole[:-1], whole.replace(b"NUMPY", b"DUMMY")):
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=r"index\.npz: "):
+            read_index(root)
+    path.unlink()
+    with pytest.raises(DataError, match=r"index\.npz: cannot be read: No such file.*webdataset"):
+        read_index(root)
+    os.mkfifo(path)
+    with pytest.raises(DataError, match="not a regular file"):
+        read_index(root)
+
+
+def test_an_index_with_pickled_objects_is_refused(root):
+    change(root, label=np.array([print] * COUNT, object))
+    with pytest.raises(DataError, match=r"index\.npz: not an index .* or damaged"):
+        read_index(root)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("format", np.array(b"ressl-shards-9"), "not an index of the format ressl-shards-1"),
+        ("label", None, "not an index"),
+        ("label", np.zeros(COUNT - 1, np.int64), r"label is \(8,\)"),
+        ("label", np.zeros(COUNT), "label is .* float64"),
+        ("size", np.ones((COUNT, 3), np.int32), "size is"),
+        ("shard", np.zeros(0, np.int32), "it holds no images"),
+        ("names", np.zeros(3), "its names are no bytes"),
+        ("shards", np.array([b"../shard-00000.tar"] * 5), "named twice"),
+        ("shards", np.array([f"../shard-0000{i}.tar".encode() for i in range(5)]), "no name of a shard"),
+        (
+            "shards",
+            np.array([f"shard-0000{i}.tar".encode() for i in (5, 0, 1, 2, 3)]),
+            r"shard-00005\.tar: cannot be read",
+        ),
+        ("shard_bytes", np.full(5, 7), r"shard-00000\.tar: .* bytes, but index\.npz says 7"),
+        ("shard", np.full(COUNT, 5, np.int32), "a shard that does not exist"),
+        ("shard", np.full(COUNT, -1, np.int32), "a shard that does not exist"),
+        ("offset", np.full(COUNT, 0), "impossible place"),
+        ("offset", np.full(COUNT, 513), "impossible place"),
+        ("offset", np.full(COUNT, 2**62), "beyond the end"),
+        ("offset", np.full(COUNT, 512), "two images at the same place"),
+        ("length", np.zeros(COUNT, np.int64), "impossible place"),
+        ("length", np.full(COUNT, 2**30), "beyond the end"),
+        ("size", np.zeros((COUNT, 2), np.int32), "impossible height"),
+        ("size", np.full((COUNT, 2), 65500, np.int32), "impossible height"),
+        ("original", np.ones((COUNT, 2), np.int32), "impossible height"),
+        ("label", np.full(COUNT, -2), "a label outside"),
+        ("index", np.zeros(COUNT, np.int64), "repeated index"),
+        ("index", np.arange(COUNT) - 1, "negative"),
+        ("name_end", np.zeros(COUNT, np.int64), "names of impossible lengths"),
+        ("name_end", np.arange(COUNT)[::-1].copy(), "names of impossible lengths"),
+    ],
+)
+def test_a_damaged_index_is_refused(root, name, value, message):
+    change(root, **{name: value})
+    if value is None:
+        with np.load(root / "index.npz") as file:
+            assert name not in file.files
+    with pytest.raises(DataError, match=message):
+        read_index(root)
+
+
+def test_a_cut_shard_and_one_that_is_no_file_are_refused(root):
+    os.truncate(root / "shard-00002.tar", 512)
+    with pytest.raises(DataError, match=r"shard-00002\.tar: 512 bytes, but index\.npz says .*; convert or copy"):
+        read_index(root)
+    (root / "shard-00002.tar").unlink()
+    (root / "shard-00002.tar").mkdir()
+    with pytest.raises(DataError, match=r"shard-00002\.tar: not a regular file"):
+        read_index(root)
+
+
+def test_the_sizes_of_shards_are_all_that_is_read_of_them(root):
+    """Opening a large set must not take long."""
+    size = int(stored(root, "shard_bytes")[0])
+    (root / "shard-00000.tar").write_bytes(bytes(size))
+    read_index(root)
