@@ -19,6 +19,7 @@ import errno
 import json
 import shlex
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
@@ -31,7 +32,7 @@ from rich.table import Table
 from pipelines import build_loaders, build_source, build_stream, count_images
 from pipelines.placement import settle
 from ressl import checkpoint
-from ressl.batch import DataError
+from ressl.batch import DataError, Loaders
 from ressl.batchnorm import average_statistics_, normalised_together
 from ressl.config import Config
 from ressl.config_file import ConfigError, load_config
@@ -80,17 +81,9 @@ def run(cfg: Config, console: Console) -> float:
     torch.manual_seed(cfg.run.seed)  # the same on every rank: it draws the initial weights and the initial queue
     recorder: Recorder | None = None
     early: list[str] = []  # what is said of bad images before there is a record to say it to
-    with shown_decoding(console, enabled=runtime.is_main) as progress:
-        loaders = build_loaders(
-            cfg,
-            device=runtime.device,
-            dtype=runtime.dtype,
-            rank=runtime.rank,
-            world_size=runtime.world_size,
-            cores=settle(cfg.data.placement, runtime.device),
-            report=lambda message: recorder.bad_image(message) if recorder else early.append(message),
-            progress=progress,
-        )
+    loaders = _open_loaders(
+        cfg, runtime, console, lambda message: recorder.bad_image(message) if recorder else early.append(message)
+    )
     per_rank = cfg.optim.batch_size // runtime.world_size // cfg.optim.accumulate
     normalised_together(cfg.encoder.batchnorm, per_rank, runtime.world_size)  # refuses a batch that cannot be split
     if cfg.run.knn_every:
@@ -139,6 +132,20 @@ def run(cfg: Config, console: Console) -> float:
             on_epoch_end=on_epoch_end,
         )  # fmt: skip
     return recorder.images_per_s
+
+
+def _open_loaders(cfg: Config, runtime: Runtime, console: Console, report: Callable[[str], None]) -> Loaders:
+    with shown_decoding(console, enabled=runtime.is_main) as progress:
+        return build_loaders(
+            cfg,
+            device=runtime.device,
+            dtype=runtime.dtype,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            cores=settle(cfg.data.placement, runtime.device),
+            report=report,
+            progress=progress,
+        )
 
 
 def remarks(cfg: Config, world_size: int) -> list[str]:

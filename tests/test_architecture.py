@@ -27,8 +27,8 @@ MAY_IMPORT = {
 # libraries that are met in one place, so that they can be replaced there; tests are free
 ONLY_IN = {
     "accelerate": r"ressl/runtime\.py",
-    "nvidia.dali": r"pipelines/dali_source\.py",
-    "ffcv": r"pipelines/ffcv_source\.py|tools/convert\.py",
+    "nvidia.dali": r"pipelines/dali_source\.py|tools/baselines\.py",
+    "ffcv": r"pipelines/ffcv_source\.py|tools/baselines\.py",
     "triton": r"(ressl|pipelines)/kernels/.*",
 }
 Sources = dict[str, ast.Module]  # by path from the checkout's root, with forward slashes

@@ -1,4 +1,5 @@
-"""Turns images into the files that training reads: `.beton` for FFCV, or one tensor file that fits on the device."""
+"""Turns images into the files that training reads: `.beton` for FFCV, one tensor file that fits on the device, or
+WebDataset shards of the original files for DALI."""
 
 import errno
 import hashlib
@@ -8,13 +9,13 @@ import re
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, cast
 
 import numpy as np
 from PIL import Image
@@ -22,16 +23,22 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from pipelines.beton import JPG, RAW, open_beton
-from pipelines.images import BadImage, fit_max_side
+from pipelines.headers import read_regular
+from pipelines.images import BadImage, decode_image, fit_max_side
 from pipelines.manifest import NAME, Manifest, SplitRecord, manifest_text, read_manifest
+from pipelines.sampler import permutation
+from pipelines.shards import INDEX, read_index
 from pipelines.tensor_file import read_tensor_file
 from ressl.batch import DataError
 from tools.beton_writer import EncodedSample, write_beton_to
 from tools.image_sets import ImageSet, detect
 from tools.output import atomic_output
+from tools.shard_writer import Member, atomic_directory, write_shards
 from tools.tensor_writer import write_tensors_to
 
-SUFFIX = {"ffcv": ".beton", "tensor": ".safetensors"}
+Format = Literal["ffcv", "tensor", "webdataset"]
+SUFFIX = {"ffcv": ".beton", "tensor": ".safetensors", "webdataset": ""}  # webdataset: a directory
+IMAGE_SUFFIX = {b"\xff\xd8": ".jpg", b"\x89P": ".png", b"RI": ".webp", b"BM": ".bmp", b"II": ".tif", b"MM": ".tif"}
 RAW_PIXELS = 64 * 64  # `auto` keeps images of up to this many pixels raw
 MAX_SIDE = 65500  # pixels; libjpeg's limit, and just under that of .beton
 NAMED = 10  # bad images that are printed; all are in the manifest
@@ -45,11 +52,12 @@ class DiskFull(RuntimeError):
 class Options:
     """What decides the bytes of the output."""
 
-    to: Literal["ffcv", "tensor"]
+    to: Format
     mode: Literal["jpg", "raw", "auto"]
     quality: int
     max_side: int | None
     max_skipped: float
+    shuffle: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,29 +67,34 @@ class Skipped:
     reason: str
 
 
+Encoded = EncodedSample | Member | Skipped  # what becomes of an image
+
+
 def convert(
     src: str,
     dst: Path,
-    to: Literal["ffcv", "tensor"],
+    to: Format,
     *,
     mode: Literal["jpg", "raw", "auto"] = "auto",
     quality: int = 90,
     max_side: int | None = None,
     split: str | None = None,
     max_skipped: float = 0.01,
+    shuffle: bool = False,
     workers: int = 0,
     overwrite: bool = False,
     console: Console | None = None,
 ) -> Manifest:
-    """Writes DST/<split>.beton or .safetensors for each split of `src`, and DST/manifest.json.
+    """Writes DST/<split>.beton, DST/<split>.safetensors or DST/<split>/ for each split of `src`, and DST/manifest.json.
 
     `src` is a folder of images, of IDX files, or `torchvision:NAME[:ROOT]`. `split` picks one of several splits, or
     names the output of a source that has none (default: train). `max_side` in pixels; `max_skipped` is the share of a
-    split's images that may be unreadable. An image's index is its place in the source's sorted list, bad ones counted.
-    All files appear together when all are whole; on any error there are none. Raises DataError and DiskFull.
+    split's images that may be unreadable. `shuffle` writes them in an order that mixes the classes, always the same
+    one. An image's index is its place in the source's sorted list, bad ones counted, wherever it is written. All files
+    appear together when all are whole; on any error there are none. Raises DataError and DiskFull.
     """
     dst = Path(dst).expanduser()
-    options = _check_options(Options(to, mode, quality, max_side, max_skipped))
+    options = _check_options(Options(to, mode, quality, max_side, max_skipped, shuffle))
     console = console or Console(stderr=True)
     origin = detect(src)
     if Path(src).is_dir() and Path(src).resolve() in dst.resolve().parents:
@@ -127,17 +140,21 @@ def _write_all(
         manifest_file = outputs.enter_context(atomic_output(dst / NAME))
         for split, load in sets.items():
             target = dst / (split + SUFFIX[options.to])
-            file = outputs.enter_context(atomic_output(target))
+            if options.to == "webdataset":
+                file: BinaryIO | Path = outputs.enter_context(atomic_directory(target))
+            else:
+                file = outputs.enter_context(atomic_output(target))
             images = load()
             classes = tuple(map(_printable, images.classes))
             skipped = _write_split(file, images, split, classes, options, workers, console)
+            size, digest = _measure(file)
             records[split] = SplitRecord(
                 file=target.name,
                 count=len(images.labels) - len(skipped),
                 classes=classes,
                 skipped=tuple(asdict(one) for one in skipped),
-                bytes=Path(file.name).stat().st_size,
-                sha256=_sha256(Path(file.name)),
+                bytes=size,
+                sha256=digest,
                 options=asdict(options),
                 source=source,
             )
@@ -199,7 +216,7 @@ def _output_error(dst: Path, error: OSError) -> Exception:
 
 
 def _write_split(
-    file: BinaryIO,
+    file: BinaryIO | Path,
     images: ImageSet,
     split: str,
     classes: tuple[str, ...],
@@ -207,16 +224,21 @@ def _write_split(
     workers: int,
     console: Console,
 ) -> list[Skipped]:
-    """Writes the file and checks what was written. Returns the images that were left out."""
+    """Writes the file, or the directory, and checks what was written. Returns the images that were left out."""
     total = len(images.labels)
     for line in (f"{split}: {total:,} images, {len(classes):,} classes", *images.notes):
         console.print(_printable(line), markup=False, highlight=False, soft_wrap=True)
     skipped: list[Skipped] = []
     with closing(_readable_samples(images, split, options, workers, console, skipped)) as samples:
+        if isinstance(file, Path):
+            write_shards(file, cast(Iterator[Member], samples), total)
+            read_index(file)
+            return skipped
+        encoded = cast(Iterator[EncodedSample], samples)
         if options.to == "ffcv":
-            write_beton_to(file, samples, total)
+            write_beton_to(file, encoded, total)
         else:
-            write_tensors_to(file, samples, total, classes)
+            write_tensors_to(file, encoded, total, classes)
     file.flush()
     check: Callable[[Path], object] = open_beton if options.to == "ffcv" else read_tensor_file
     check(Path(file.name))
@@ -225,11 +247,12 @@ def _write_split(
 
 def _readable_samples(
     images: ImageSet, split: str, options: Options, workers: int, console: Console, skipped: list[Skipped]
-) -> Generator[EncodedSample, None, None]:
-    """All samples in order, behind a progress bar. Bad images are appended to `skipped`; too many raise DataError."""
+) -> Generator[EncodedSample | Member, None, None]:
+    """All samples in their order, behind a progress bar. Bad images go to `skipped`; too many raise DataError."""
     total = len(images.labels)
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[rate]}", TimeRemainingColumn())
-    chunks = [range(i, min(i + images.chunk, total)) for i in range(0, total, images.chunk)]
+    order: Sequence[int] = permutation(total, 0, 0).tolist() if options.shuffle else range(total)
+    chunks = (order[i : i + images.chunk] for i in range(0, total, images.chunk))
     begin, done = time.monotonic(), 0
     with (
         Progress(*columns, "{task.fields[skipped]} skipped", console=console) as progress,
@@ -238,10 +261,10 @@ def _readable_samples(
         task = progress.add_task(split, total=total, rate="", skipped=0)
         for chunk in results:
             for result in chunk:
-                if isinstance(result, EncodedSample):
-                    yield result
-                else:
+                if isinstance(result, Skipped):
                     _skip(result, skipped, total, split, options.max_skipped, progress.console)
+                else:
+                    yield result
             done += len(chunk)
             rate = f"{done / (time.monotonic() - begin + 1e-9):,.0f} images/s"
             progress.update(task, completed=done, rate=rate, skipped=len(skipped))
@@ -270,13 +293,13 @@ def _name_some(skipped: list[Skipped]) -> str:
 
 
 def _in_order(
-    work: Callable[[range], list[EncodedSample | Skipped]], chunks: Iterable[range], workers: int
-) -> Generator[list[EncodedSample | Skipped], None, None]:
+    work: Callable[[Sequence[int]], list[Encoded]], chunks: Iterable[Sequence[int]], workers: int
+) -> Generator[list[Encoded], None, None]:
     """map() in threads (Pillow decodes without Python's lock), with a bounded number of chunks under way."""
     workers = workers or len(os.sched_getaffinity(0))
     pool = ThreadPoolExecutor(workers, thread_name_prefix="convert")
     try:
-        ahead: deque[Future[list[EncodedSample | Skipped]]] = deque()
+        ahead: deque[Future[list[Encoded]]] = deque()
         for chunk in chunks:
             ahead.append(pool.submit(work, chunk))
             if len(ahead) > 2 * workers:
@@ -287,24 +310,33 @@ def _in_order(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _encode_chunk(images: ImageSet, options: Options, chunk: range) -> list[EncodedSample | Skipped]:
+def _encode_chunk(images: ImageSet, options: Options, chunk: Sequence[int]) -> list[Encoded]:
     return [_encode(images, options, i) for i in chunk]
 
 
-def _encode(images: ImageSet, options: Options, i: int) -> EncodedSample | Skipped:
+def _encode(images: ImageSet, options: Options, i: int) -> Encoded:
+    stored = None  # the image's file, where it may be passed through
     try:
-        image = images.read(i)
-        original = image.shape[:2]
+        if options.to == "webdataset" and images.file is not None:
+            stored = read_regular(images.file(i))
+        image = images.read(i) if stored is None else decode_image(stored)
+        original = (image.shape[0], image.shape[1])
         image = fit_max_side(image, options.max_side)
         height, width = image.shape[:2]
         if max(height, width) > MAX_SIDE:
             raise BadImage(f"{width} x {height}: a side over {MAX_SIDE} pixels; --max-side would shrink it")
     except BadImage as error:
         return Skipped(i, _printable(images.name(i)), str(error))
+    label = int(images.labels[i])
+    if options.to == "webdataset":
+        if (height, width) != original:
+            stored = _to_jpeg(image, options.quality)
+        data = stored or _to_png(image)
+        name = _printable(images.name(i))
+        return Member(data, IMAGE_SUFFIX[data[:2]], (height, width), original, label, index=i, name=name)
     raw = options.to == "tensor" or options.mode == "raw" or (options.mode == "auto" and height * width <= RAW_PIXELS)
     data = image.tobytes() if raw else _to_jpeg(image, options.quality)
-    label = int(images.labels[i])
-    return EncodedSample(data, RAW if raw else JPG, (height, width), (original[0], original[1]), label, index=i)
+    return EncodedSample(data, RAW if raw else JPG, (height, width), original, label, index=i)
 
 
 def _to_jpeg(image: np.ndarray, quality: int) -> bytes:
@@ -314,9 +346,23 @@ def _to_jpeg(image: np.ndarray, quality: int) -> bytes:
     return file.getvalue()
 
 
+def _to_png(image: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    return file.getvalue()
+
+
 def _printable(text: str) -> str:
     """File names are bytes: those that are not UTF-8 cannot be printed or stored as text."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _measure(output: BinaryIO | Path) -> tuple[int, str]:
+    """Bytes and SHA-256; of a directory, that of its index, which holds those of its shards."""
+    if isinstance(output, Path):
+        return sum(path.stat().st_size for path in output.iterdir()), _sha256(output / INDEX)
+    path = Path(output.name)
+    return path.stat().st_size, _sha256(path)
 
 
 def _sha256(path: Path) -> str:

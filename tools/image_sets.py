@@ -30,6 +30,7 @@ class ImageSet:
     name: Callable[[int], str]  # of an image, for messages
     notes: tuple[str, ...] = ()  # what the user should know: files left out, empty classes
     chunk: int = 1  # images worth one task of a thread
+    file: Callable[[int], Path] | None = None  # that holds the image; None where images have no files of their own
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,7 @@ def _load_folder(root: Path, reference: Path | None) -> ImageSet:
         read=lambda i: read_image(root / folder.paths[i]),
         name=lambda i: folder.paths[i],
         notes=tuple(notes),
+        file=lambda i: root / folder.paths[i],
     )
 
 

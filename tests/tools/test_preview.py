@@ -201,9 +201,7 @@ def test_images_are_matched_by_index_though_their_places_differ(tiny_data: Path,
     said, columns = compared(stream, open_tensors(tmp_path / "out" / "train.safetensors"), tmp_path / "c.png")
     missing = [i for i in shown if i in (0, 1, 2, shown[2], 40)]
     assert columns == 6 - len(missing)
-    assert said[: len(missing)] == [
-        f"image {i} is not in 2 there: left out" for i in missing
-    ]
+    assert said[: len(missing)] == [f"image {i} is not in 2 there: left out" for i in missing]
     assert all("0.0 at most" in line for line in said[len(missing) :])
 
 
