@@ -3,7 +3,7 @@
 # For `make gpu` on a host without network, where no .venv can be made.
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 
-.PHONY: help setup quickstart test check format gpu bench
+.PHONY: help setup quickstart test check format gpu bench bench-loaders
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo "make format       set up, then rewrite the code in the house's format"
 	@echo "make gpu          the tests that need a GPU, then the benchmark, with PYTHON ($(PYTHON)) as it is"
 	@echo "make bench        time the parts of the quickstart's step, on its data, with PYTHON as it is"
+	@echo "make bench-loaders IMAGES=FOLDER   what our loaders cost beside others', on a folder of images or a .tar of one"
 	@echo "make setup        only the set-up: .venv with PYTHON, if given, or a Python 3.12 or 3.11 that is found"
 
 setup:
@@ -43,3 +44,7 @@ gpu:
 
 bench:
 	@$(PYTHON) -m tools.bench configs/quickstart.yaml --out runs/bench
+
+bench-loaders:
+	@[ -n "$(IMAGES)" ] || { echo "make bench-loaders: say which images: make bench-loaders IMAGES=FOLDER, or a .tar of one"; exit 2; }
+	@$(PYTHON) -m tools.bench_loaders "$(IMAGES)" $(OPTIONS)
