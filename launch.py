@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines import build_loaders, build_source, build_stream, count_images
+from pipelines.loader import fused
 from pipelines.placement import settle
 from ressl import checkpoint
 from ressl.batch import DataError, Loaders
@@ -49,7 +50,7 @@ from tools.convert import DiskFull, Format
 from tools.convert import convert as convert_data
 from tools.decoding import shown_decoding
 from tools.doctor import run_doctor
-from tools.plan import make_plan, print_plan
+from tools.plan import make_plan, print_plan, remarks
 from tools.preview import save_views
 from tools.processes import ProcessesFailed, another_failed, end_with_launcher, first_to_fail, run_processes
 from tools.quickstart import quickstart as run_quickstart
@@ -135,6 +136,8 @@ def run(cfg: Config, console: Console) -> float:
 
 
 def _open_loaders(cfg: Config, runtime: Runtime, console: Console, report: Callable[[str], None]) -> Loaders:
+    if runtime.is_main and fused(cfg.views.impl, runtime.device):
+        console.print("compiling the kernels of the views, which takes some seconds the first time")
     with shown_decoding(console, enabled=runtime.is_main) as progress:
         return build_loaders(
             cfg,
@@ -146,17 +149,6 @@ def _open_loaders(cfg: Config, runtime: Runtime, console: Console, report: Calla
             report=report,
             progress=progress,
         )
-
-
-def remarks(cfg: Config, world_size: int) -> list[str]:
-    """What is allowed and yet may not be meant."""
-    found = []
-    if cfg.method.teacher_temperature >= cfg.method.student_temperature:
-        temperatures = f"{cfg.method.teacher_temperature} >= {cfg.method.student_temperature}"
-        found.append(f"note: teacher_temperature {temperatures} student_temperature: targets flatter than predictions")
-    if cfg.encoder.batchnorm.name == "shuffle" and world_size == 1:
-        found.append("note: encoder.batchnorm shuffle has nothing to shuffle on one process; it is as local")
-    return found
 
 
 def evaluate_run(

@@ -56,6 +56,7 @@ def build_loaders(
             f"not in both: {', '.join(missing[:5]) or 'none, but their order differs'}"
         )
     stream = build_stream(cfg, train, device=device, dtype=dtype, rank=rank, world_size=world_size)
+    stream.warm_up()
     probes = Prober(train, val, cfg.data, cfg.evaluate, cfg.views.impl, device, cfg.run.seed, rank, world_size)
     return Loaders(train=stream, probes=probes)
 

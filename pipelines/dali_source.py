@@ -342,6 +342,14 @@ class Decoder:
             self.held = None
 
 
+def release_memory() -> None:
+    """Gives back what DALI keeps on the GPU, and page-locked on the host, for pipelines that are gone."""
+    from nvidia import dali as installed
+
+    dali: Any = installed
+    dali.backend.ReleaseUnusedMemory()
+
+
 def _build_pipeline(batch_size: int, device: torch.device, workers: int, resize: bool, hw_decoder_load: float) -> Any:
     from nvidia import dali as installed
 

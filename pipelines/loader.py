@@ -2,6 +2,8 @@
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from subprocess import CalledProcessError
 from typing import Literal
 
 import torch
@@ -37,6 +39,26 @@ class ViewStream:
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         for frames in self.frames(epoch, start_step):
             yield self.cut(frames, epoch)
+
+    def warm_up(self) -> None:
+        """Cuts the views of the first epoch once, from two black images: what is compiled for them is compiled then.
+
+        Raises DataError where Triton cannot compile.
+        """
+        if not fused(self.views.impl, self.device):
+            return
+        long, int32 = (partial(torch.zeros, device=self.device, dtype=kind) for kind in (torch.int64, torch.int32))
+        size = int32(2, 2) + 8
+        black = torch.zeros(3 * 8 * 9, dtype=torch.uint8, device=self.device)
+        frames = Frames(black, long(2), size, 3 * size[:, 1], size, long(2), long(2), (8, 8))
+        try:
+            self.cut(frames, 0)
+        except (RuntimeError, OSError, CalledProcessError) as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise DataError(
+                f"views.impl: Triton cannot compile here ({reason[0]}); it needs a C compiler and Python's headers, "
+                "as in apt-get install gcc python3-dev; or set views.impl=torch"
+            ) from None
 
     def frames(self, epoch: int, start_step: int = 0) -> Generator[Frames]:
         """What the views of an epoch are cut from, on the device."""
@@ -108,7 +130,7 @@ def draw(
     cfgs: Sequence[ViewConfig], frames: Frames, impl: Impl, *, seed: int, epoch: int, first: int = 0
 ) -> list[ViewParams]:
     """The numbers of the views `first`, `first` + 1, ... of each image."""
-    if _fused(impl, frames):
+    if fused(impl, frames.pixels.device):
         from pipelines.kernels.draws import draw_views
 
         return draw_views(cfgs, frames.original, frames.index, seed=seed, epoch=epoch, first_view=first)
@@ -127,7 +149,7 @@ def cut(
     dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
     """One (B, 3, h, w) for each of `cfgs`."""
-    if _fused(impl, frames):
+    if fused(impl, frames.pixels.device):
         from pipelines.kernels.views import cut_views
 
         return cut_views(frames, params, cfgs, mean=data.mean, std=data.std, dtype=dtype)
@@ -137,5 +159,5 @@ def cut(
     )
 
 
-def _fused(impl: Impl, frames: Frames) -> bool:
-    return impl == "triton" or (impl == "auto" and frames.pixels.is_cuda)
+def fused(impl: Impl, device: torch.device) -> bool:
+    return impl == "triton" or (impl == "auto" and device.type == "cuda")

@@ -3,6 +3,7 @@
 import queue
 import threading
 from collections.abc import Generator, Iterator
+from functools import cache
 
 import torch
 
@@ -38,9 +39,9 @@ def prefetch(stream: Iterator[Frames], device: torch.device, *, depth: int) -> G
 
 def _fill(stream: Iterator[Frames], device: torch.device, ready: queue.Queue, left: threading.Event) -> None:
     """The thread. Whatever happens, the last thing it puts is None or an error."""
-    side = torch.cuda.Stream(device) if device.type == "cuda" else None
     end: BaseException | None = None
     try:
+        side = _side_stream(device) if device.type == "cuda" else None
         with torch.cuda.stream(side):  # which does nothing for None; what the stream does on the GPU is in order too
             for frames in stream:
                 ready.put((frames, None) if side is None else _copy(frames, device, side))
@@ -49,10 +50,21 @@ def _fill(stream: Iterator[Frames], device: torch.device, ready: queue.Queue, le
     except BaseException as error:  # not swallowed: the consumer raises it
         end = error
     finally:
-        close = getattr(stream, "close", None)  # a generator frees what it holds in the thread that runs it
-        if close is not None:
-            close()
-        ready.put(end)
+        try:
+            close = getattr(stream, "close", None)  # a generator frees what it holds in the thread that runs it
+            if close is not None:
+                close()
+        except BaseException as error:
+            end = end or error
+        finally:
+            ready.put(end)
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for the life of the process: memory that was freed on one stream is not used again on another, so a stream
+    for each epoch would keep a few batches for ever."""
+    return torch.cuda.Stream(device)
 
 
 def _copy(frames: Frames, device: torch.device, side: torch.cuda.Stream) -> tuple[Frames, torch.cuda.Event]:

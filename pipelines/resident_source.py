@@ -65,7 +65,11 @@ class ResidentSource:
         self.first, self.count = len(source.labels) * rank // ranks if ranks > 1 else 0, len(part)
         held, self.start = _decode(source, part, demand, device, progress)
         self.size = held.size.numpy()
-        del source  # a decoder may take memory of the device for itself
+        del source
+        if (path / INDEX).exists():  # the decoder was DALI, whose memory would stay on the device
+            from pipelines.dali_source import release_memory
+
+            release_memory()
         try:
             self.held = held.to(device if cfg.memory == "device" else CPU)
         except torch.OutOfMemoryError:

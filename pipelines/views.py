@@ -143,9 +143,14 @@ def blur_matrix(sigma: Tensor, size: int, max_sigma: float) -> Tensor:
     step = torch.arange(-radius, radius + 1, device=sigma.device)
     tap = torch.exp(-0.5 * (step / sigma.clamp(min=1e-3).unsqueeze(1)) ** 2)  # (B, 2 radius + 1)
     tap = tap / tap.sum(dim=1, keepdim=True)
-    source = (torch.arange(size, device=sigma.device).unsqueeze(1) + step).clamp(0, size - 1)  # (size, taps)
-    matrix = tap.new_zeros(len(sigma), size, size)
-    return matrix.scatter_add_(2, source.expand(len(sigma), -1, -1), tap.unsqueeze(1).expand(-1, size, -1))
+    # laid out beyond both borders, then folded back: adding where indices repeat has no fixed order on a GPU
+    column = torch.arange(size, device=sigma.device).unsqueeze(1) + step + radius  # (size, taps)
+    wide = tap.new_zeros(len(sigma), size, size + 2 * radius)
+    wide.scatter_(2, column.expand(len(sigma), -1, -1), tap.unsqueeze(1).expand(-1, size, -1))
+    matrix = wide[:, :, radius:-radius].clone()
+    matrix[:, :, 0] += wide[:, :, :radius].sum(dim=2)
+    matrix[:, :, -1] += wide[:, :, -radius:].sum(dim=2)
+    return matrix
 
 
 def solarize(images: Tensor, threshold: float = 128 / 255) -> Tensor:

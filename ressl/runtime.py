@@ -54,7 +54,8 @@ class Runtime:
             log_with="tensorboard" if cfg.tensorboard else None,
             project_dir=str(cfg.out_dir) if cfg.tensorboard else None,
         )
-        self.device: torch.device = self._accelerator.device
+        device = self._accelerator.device  # of one process it has no number, and threads may have another default
+        self.device = torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
         self.rank: int = self._accelerator.process_index
         self.world_size: int = self._accelerator.num_processes
         self.is_main: bool = self._accelerator.is_main_process

@@ -26,7 +26,8 @@ def train(
     """Runs from optimizer step `start_step` to the last one and returns their number.
 
     `on_epoch_end(epochs, step)` evaluates and saves. The body of the loop never waits for the device, except where the
-    recorder reads the logs. Queue and teacher change in one place, `after_step`, when the backward pass is over.
+    recorder reads the logs and, in fp16, the scaler its flag. Queue and teacher change in one place, `after_step`, when
+    the backward pass is over.
     """
     replica = runtime.replicate(method)
     optimizer = runtime.prepare_optimizer(optimizer)

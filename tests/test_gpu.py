@@ -49,8 +49,20 @@ def test_a_run_learns_in_every_precision(precision: str, tiny_config: Path, tmp_
     assert found["knn"] > 0.9
 
 
-def test_five_steady_steps_never_wait_for_the_device(tiny_config: Path) -> None:
-    cfg = load_config(tiny_config, ["run.device=auto", "run.precision=bf16", "optim.batch_size=8"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{name: resident, train: DATA/train.safetensors}",
+        "{name: resident, train: DATA/folder/train, memory: host, pixels: yuv420}",
+        "{name: folder, train: DATA/folder/train}",
+        "{name: dali, train: DATA/folder/train}",
+    ],
+)
+def test_five_steady_steps_never_wait_for_the_device(source: str, tiny_config: Path, tiny_data: Path) -> None:
+    if "dali" in source:
+        pytest.importorskip("nvidia.dali")
+    overrides = ["run.device=auto", "run.precision=bf16", "optim.batch_size=8"]
+    cfg = load_config(tiny_config, [*overrides, f"data.source={source.replace('DATA', str(tiny_data))}"])
     runtime = Runtime(cfg.run)
     stream = build_loaders(cfg, device=runtime.device, dtype=runtime.dtype).train
     method = build_method(cfg.method, cfg.encoder, runtime.collectives).to(runtime.device)

@@ -204,24 +204,3 @@ def _dali_jitter(images: Any, *, strength: tuple[float, float, float, float]) ->
         saturation=fn.random.uniform(range=(1 - saturation, 1 + saturation)),
         hue=fn.random.uniform(range=(-360 * hue, 360 * hue)),
     )
-
-
-def dali_decode(files: Sequence[str], *, batch: int, workers: int, load: float) -> Pass:
-    """Decoding alone, JPEG files to RGB on the GPU, with a share `load` of them on its JPEG engines."""
-    from nvidia.dali import fn, pipeline_def
-
-    @pipeline_def(batch_size=batch, num_threads=workers, device_id=torch.cuda.current_device(), prefetch_queue_depth=2)
-    def pipeline() -> Any:
-        encoded, _ = fn.readers.file(files=list(files), random_shuffle=True, name="files")
-        return fn.decoders.image(encoded, device="mixed", hw_decoder_load=load)
-
-    built = pipeline()
-    built.build()
-    batches = len(files) // batch
-
-    def decode(epoch: int) -> int:
-        images = sum(len(built.run()[0]) for _ in range(batches))
-        torch.cuda.synchronize()
-        return images
-
-    return decode

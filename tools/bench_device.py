@@ -7,11 +7,13 @@ from statistics import median
 from time import perf_counter
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
-from ressl.config import SyntheticSource
-from tools.baselines import dali_decode, folder_files
-from tools.loader_arms import open_stream, recipe, view_dtype
+from pipelines import build_source
+from pipelines.prefetch import prefetch
+from ressl.config import DaliSource, DataConfig, SyntheticSource
+from tools.loader_arms import open_stream, recipe, view_dtype, wait
 
 BATCH = 256
 FRAME = (400, 500)  # height, width
@@ -29,7 +31,7 @@ def measure_device(files: Path, device: torch.device, *, workers: int, repeats: 
         "frame": list(FRAME),
         "step_ms": step,
         "views": views,
-        "decode": decode_rates(files, workers=workers, repeats=repeats),
+        "decode": decode_rates(files, device, batch=BATCH, workers=workers, batches=5 * repeats),
         "copy_gb_s": copy_rate(device, repeats=repeats),
     }
 
@@ -71,17 +73,24 @@ def time_views(
     return found
 
 
-def decode_rates(folder: Path, *, workers: int, repeats: int) -> list[dict[str, float]]:
-    """Images/s that DALI decodes on the GPU, for each share of them that goes to its JPEG engines."""
-    files = folder_files(folder)
-    files = files * -(-repeats * BATCH // len(files))  # often enough for so many batches
+def decode_rates(
+    folder: Path, device: torch.device, *, batch: int, workers: int, batches: int, loads: Sequence[float] = LOADS
+) -> list[dict[str, float]]:
+    """Images/s that our DALI source gives, whole images, for each share of them that goes to the GPU's JPEG engines."""
     found = []
-    for load in LOADS:
-        decode = dali_decode(files, batch=BATCH, workers=workers, load=load)
-        decode(0)
+    for load in loads:
+        chosen = DaliSource(name="dali", train=folder, workers=workers, max_side=None, hw_decoder_load=load)
+        source = build_source(DataConfig(source=chosen), "train", device)
+        assert source is not None
+        places = [np.arange(first, first + batch) % len(source.labels) for first in range(0, batches * batch, batch)]
+        for _ in prefetch(source.stream(places[:WARM_UP], salt=0), device, depth=2):
+            pass
+        wait(device)
         started = perf_counter()
-        images = decode(1)
-        found.append({"hw_decoder_load": load, "images_s": images / (perf_counter() - started)})
+        for _ in prefetch(source.stream(places, salt=0), device, depth=2):
+            pass
+        wait(device)
+        found.append({"hw_decoder_load": load, "images_s": batches * batch / (perf_counter() - started)})
     return found
 
 
@@ -105,9 +114,9 @@ def milliseconds(work: Callable[[], object], device: torch.device, *, repeats: i
         return [1000 * (end - start) for start, end in zip(stamps, stamps[1:], strict=False)]
     events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     torch.cuda.synchronize(device)
-    events[0].record()
+    events[0].record(torch.cuda.current_stream(device))
     for event in events[1:]:
         work()
-        event.record()
+        event.record(torch.cuda.current_stream(device))
     torch.cuda.synchronize(device)
     return [start.elapsed_time(end) for start, end in zip(events, events[1:], strict=False)]

@@ -41,7 +41,13 @@ print(json.dumps(facts))
 """,
     # the compiled operators are missing where torchvision was built for another torch
     "torchvision": "import torch, torchvision; torch.ops.torchvision.nms; print('{}')",
-    "triton": "import triton; print('{}')",
+    # on a GPU it compiles a little C, for which it needs a compiler and Python's headers
+    "triton": """
+import torch, triton
+if torch.cuda.is_available():
+    triton.runtime.driver.active.get_current_target()
+print("{}")
+""",
     "accelerate": "import accelerate; print('{}')",
     "ffcv": "import ffcv; print('{}')",
     "dali": "import nvidia.dali; print('{}')",

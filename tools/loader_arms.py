@@ -203,7 +203,7 @@ def wait(device: torch.device) -> None:
     """For the work of the current stream. `torch.cuda.synchronize` would spin, which is CPU time."""
     if device.type == "cuda":
         event = torch.cuda.Event(blocking=True)
-        event.record()
+        event.record(torch.cuda.current_stream(device))
         event.synchronize()
 
 

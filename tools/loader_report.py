@@ -105,7 +105,7 @@ def _device_views(device: Record) -> Sheet:
 def _device_rates(device: Record) -> Sheet:
     rows = [
         (
-            f"DALI decodes JPEG files, {row['hw_decoder_load']:.0%} on the JPEG engines",
+            f"our DALI source, JPEG files, {row['hw_decoder_load']:.0%} on the JPEG engines",
             f"{row['images_s']:,.0f} images/s",
         )
         for row in device["decode"]

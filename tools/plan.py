@@ -87,6 +87,17 @@ def _activations(student: nn.Module, batch: Batch) -> int:
     return kept
 
 
+def remarks(cfg: Config, world_size: int) -> list[str]:
+    """What is allowed and yet may not be meant."""
+    found = []
+    if cfg.method.teacher_temperature >= cfg.method.student_temperature:
+        temperatures = f"{cfg.method.teacher_temperature} >= {cfg.method.student_temperature}"
+        found.append(f"note: teacher_temperature {temperatures} student_temperature: targets flatter than predictions")
+    if cfg.encoder.batchnorm.name == "shuffle" and world_size == 1:
+        found.append("note: encoder.batchnorm shuffle has nothing to shuffle on one process; it is as local")
+    return found
+
+
 def print_plan(plan: Plan, cfg: Config, console: Console) -> None:
     text = yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False, width=100)
     console.print(Syntax(text, "yaml", background_color="default"))

@@ -377,4 +377,5 @@ def test_on_a_gpu_every_source_gives_the_views_of_the_cpu(data, sources, name):
     for a, b in zip(stream(sources(name)).epoch(0), theirs.epoch(0), strict=True):
         assert torch.equal(a.index, b.index.cpu())
         for x, y in zip(views(a), views(b), strict=True):
-            assert y.is_cuda and (x - y.cpu()).abs().max() < 1e-3
+            # a value at solarize's threshold may fall on the other side
+            assert y.is_cuda and ((x - y.cpu()).abs() > 1e-3).float().mean() < 1e-3

@@ -205,8 +205,9 @@ def test_frames_on_the_gpu_are_nearly_those_of_the_cpu(folder):
 # --- lifetimes -------------------------------------------------------------------------------------------------------
 
 
-def test_frames_stay_as_they_were_when_later_ones_are_made(shards):
-    source = dali(shards, max_side=64)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_frames_stay_as_they_were_when_later_ones_are_made(shards, device):
+    source = dali(shards, max_side=64, device=device)
     held = list(source.stream(batches(), salt=0))
     copies = [frames.pixels.clone() for frames in held]
     for _ in range(2):

@@ -189,3 +189,81 @@ def test_frames_of_the_host_are_copied_to_the_gpu_whole():
         assert frames.pixels.is_cuda
         assert frames.index.tolist() == [number]
         assert frames.pixels[:18].tolist() == [number] * 18
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_cannot_be_used_is_an_error_and_no_hang():
+    with pytest.raises((RuntimeError, AssertionError)):
+        next(prefetch(iter([frame(0)]), torch.device("cuda"), depth=1))
+
+
+def test_an_error_while_closing_comes_out_and_does_not_hang():
+    class Stream:
+        def __iter__(self):
+            return iter([frame(0)])
+
+        def close(self):
+            raise OSError("closing")
+
+    with pytest.raises(OSError, match="closing"):
+        list(prefetch(Stream(), CPU, depth=1))
+
+
+LARGE = 64 << 20  # bytes
+
+
+def large_frame(pixels: torch.Tensor) -> Frames:
+    one = torch.zeros(1, dtype=torch.int64)
+    size = torch.ones(1, 2, dtype=torch.int32)
+    return Frames(pixels, one, size, size[:, 0], size, one, one, (1, 1))
+
+
+@pytest.mark.gpu
+def test_the_consumer_waits_for_what_the_stream_does_on_the_gpu():
+    device = torch.device("cuda")
+
+    def stream():
+        for number in range(4):
+            torch.cuda._sleep(10**8)  # of this stream: some tens of milliseconds
+            yield large_frame(torch.full((LARGE,), number, dtype=torch.uint8, device=device))
+
+    for number, frames in enumerate(prefetch(stream(), device, depth=2)):
+        assert (frames.pixels.clone() == number).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pinned", [False, True])
+def test_memory_is_not_used_again_before_a_slow_consumer_has_read_it(pinned):
+    device = torch.device("cuda")
+
+    def stream():
+        for number in range(20):
+            pixels = torch.empty(LARGE, dtype=torch.uint8, pin_memory=pinned)
+            yield large_frame(pixels.fill_(number))
+
+    sums = []
+    for frames in prefetch(stream(), device, depth=2):
+        torch.cuda._sleep(10**8)
+        sums.append((frames.pixels[::4096].long().sum(), frames.pixels[-1].clone()))
+        del frames
+    for number, (total, last) in enumerate(sums):
+        assert (int(total), int(last)) == (number * LARGE // 4096, number)
+
+
+@pytest.mark.gpu
+def test_memory_of_the_gpu_stays_as_it_is_over_many_epochs():
+    device = torch.device("cuda")
+
+    def epoch() -> None:
+        pixels = torch.zeros(LARGE, dtype=torch.uint8)
+        for frames in prefetch((large_frame(pixels) for _ in range(6)), device, depth=2):
+            frames.pixels.sum()
+
+    for _ in range(3):
+        epoch()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_reserved()
+    for _ in range(10):
+        epoch()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_reserved() <= before + LARGE

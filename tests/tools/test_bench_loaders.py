@@ -17,7 +17,7 @@ from ressl.batch import DataError
 from ressl.config import FolderSource
 from tools import bench_loaders
 from tools.bench_data import evenly, prepare
-from tools.bench_device import measure_device, milliseconds, time_step, time_views
+from tools.bench_device import decode_rates, measure_device, milliseconds, time_step, time_views
 from tools.loader_arms import (
     Arm,
     ArmFailed,
@@ -349,9 +349,16 @@ def test_views_and_a_step_are_timed_on_any_device_and_get_a_table() -> None:
     of_views, of_rates = sheets(record)[-2:]
     assert of_views.rows[1][-1] == f"{views[1]['ms'] / step:.1%}"
     assert of_rates.rows == [
-        ("DALI decodes JPEG files, 65% on the JPEG engines", "1,234 images/s"),
+        ("our DALI source, JPEG files, 65% on the JPEG engines", "1,234 images/s"),
         ("copy from page-locked memory", "12.3 GB/s"),
     ]  # fmt: skip
+
+
+def test_decoding_is_timed_over_more_batches_than_there_are_images(photos: Path) -> None:
+    pytest.importorskip("nvidia.dali")
+    device = torch.device("cpu")
+    (found,) = decode_rates(photos / "train", device, batch=8, workers=1, batches=5, loads=(0.5,))
+    assert found["hw_decoder_load"] == 0.5 and found["images_s"] > 0
 
 
 def test_calls_to_warm_up_are_not_counted() -> None:
