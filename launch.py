@@ -29,8 +29,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pipelines import build_loaders, build_source, build_stream, count_images
-from pipelines.loader import fused
+from pipelines import build_loaders, check_data
+from pipelines.loader import ViewStream, fused
 from pipelines.placement import settle
 from ressl import checkpoint
 from ressl.batch import DataError, Loaders
@@ -44,14 +44,14 @@ from ressl.method import build_method
 from ressl.optim import build_optimizer
 from ressl.recorder import NonFiniteLoss, Recorder
 from ressl.run_dir import RunDirError, check_run_dir, checkpoint_path, config_path, keep_metrics_until, make_run_dir
-from ressl.runtime import MachineError, Runtime, launched
+from ressl.runtime import MachineError, Runtime, launched, preferred_device
 from ressl.trainer import train
 from tools.convert import DiskFull, Format
 from tools.convert import convert as convert_data
 from tools.decoding import shown_decoding
 from tools.doctor import run_doctor
 from tools.plan import make_plan, print_plan, remarks
-from tools.preview import save_views
+from tools.preview import draw_views
 from tools.processes import ProcessesFailed, another_failed, end_with_launcher, first_to_fail, run_processes
 from tools.quickstart import quickstart as run_quickstart
 
@@ -136,10 +136,8 @@ def run(cfg: Config, console: Console) -> float:
 
 
 def _open_loaders(cfg: Config, runtime: Runtime, console: Console, report: Callable[[str], None]) -> Loaders:
-    if runtime.is_main and fused(cfg.views.impl, runtime.device):
-        console.print("compiling the kernels of the views, which takes some seconds the first time")
     with shown_decoding(console, enabled=runtime.is_main) as progress:
-        return build_loaders(
+        loaders = build_loaders(
             cfg,
             device=runtime.device,
             dtype=runtime.dtype,
@@ -149,6 +147,11 @@ def _open_loaders(cfg: Config, runtime: Runtime, console: Console, report: Calla
             report=report,
             progress=progress,
         )
+    assert isinstance(loaders.train, ViewStream)
+    if runtime.is_main and fused(cfg.views.impl, runtime.device):
+        console.print("compiling the kernels of the views, which takes some seconds the first time")
+    loaders.train.warm_up()
+    return loaders
 
 
 def evaluate_run(
@@ -157,9 +160,13 @@ def evaluate_run(
     """Evaluates the backbone of a run's checkpoint, or of the same seed before training. Always in float32."""
     runtime = Runtime(cfg.run)
     torch.manual_seed(cfg.run.seed)
-    loaders = build_loaders(
-        cfg, device=runtime.device, report=lambda message: console.print(f"warning: {message}", style="yellow")
-    )
+    with shown_decoding(console) as progress:
+        loaders = build_loaders(
+            cfg,
+            device=runtime.device,
+            report=lambda message: console.print(f"warning: {message}", style="yellow"),
+            progress=progress,
+        )
     method = build_method(cfg.method, cfg.encoder, runtime.collectives).to(runtime.device)
     if not untrained:
         checkpoint.restore(checkpoint_path(cfg.run.out_dir), method=method)
@@ -191,9 +198,7 @@ def quickstart(
     Takes Fashion-MNIST (70,000 images; the Debian package, or a download), writes it as an FFCV file, draws a picture
     of weak and strong views, pretrains a small ResNet, and evaluates it before and after.
     """
-    run_quickstart(
-        out, images, epochs, plain_console(), train=run, evaluate=_evaluate_for_quickstart, views=_save_views
-    )
+    run_quickstart(out, images, epochs, plain_console(), train=run, evaluate=_evaluate_for_quickstart, views=draw_views)
 
 
 @app.command()
@@ -239,7 +244,7 @@ def views(
     if not out.name:
         raise ConfigError(f"--out {out}: expected the name of a file, such as views.png")
     other = load_config(compare, []) if compare else None
-    _save_views(load_config(config, overrides or []), out, images, epoch, other)
+    draw_views(load_config(config, overrides or []), out, images=images, epoch=epoch, other=other)
     plain_console().print(f"wrote {out}", soft_wrap=True)
 
 
@@ -270,7 +275,7 @@ def pretrain(
     if not launched():
         check_run_dir(cfg)
     if dry_run:
-        images = count_images(cfg.data)
+        images = check_data(cfg, preferred_device(cfg.run), world_size)
         print_plan(make_plan(cfg, images=images, world_size=world_size), cfg, console)
         for line in remarks(cfg, world_size):
             console.print(line, soft_wrap=True)
@@ -329,20 +334,6 @@ def doctor() -> None:
 def plain_console() -> Console:
     """Prints text as it is: a path may hold [brackets], which rich would take for its own."""
     return Console(markup=False, highlight=False)
-
-
-def _save_views(cfg: Config, out: Path, images: int = 8, epoch: int = 0, other: Config | None = None) -> None:
-    def say(message: str) -> None:
-        plain_console().print(message, soft_wrap=True)
-
-    device = torch.device("cuda" if cfg.run.device != "cpu" and torch.cuda.is_available() else "cpu")
-    source, second = (build_source(one.data, "train", device, say) if one else None for one in (cfg, other))
-    assert source is not None
-    size = min(cfg.optim.batch_size, len(source.labels))  # a few images can be shown, if not trained on
-    optim = cfg.optim.model_copy(update={"batch_size": size, "accumulate": 1})
-    stream = build_stream(cfg.model_copy(update={"optim": optim}), source, device=device)
-    names = (f"1 {cfg.data.source.name}", f"2 {other.data.source.name}") if other else ("", "")
-    save_views(stream, out, images=images, epoch=epoch, other=second, names=names, report=say)
 
 
 def _evaluate_for_quickstart(cfg: Config, console: Console, *, untrained: bool) -> dict[str, float]:

@@ -43,20 +43,14 @@ def build_loaders(
     """The streams of one rank. `dtype` is that of the training views; `cores` may decode, or all that the process may
     run on; `report` is told of images that were replaced, `progress` of those that are decoded before the first step.
     """
-    _check(cfg, device)
     if isinstance(cfg.data.source, config.ResidentSource):  # decoding may take minutes: what is wrong is told before
-        _sampler(cfg, count_images(cfg.data), rank, world_size)
+        check_data(cfg, device, world_size)
     open_split = partial(build_source, rank=rank, world_size=world_size, cores=cores, progress=progress)
     train, val = (open_split(cfg.data, split, device, report) for split in SPLITS)
     assert train is not None
-    if val and train.classes and val.classes and train.classes != val.classes:
-        missing = sorted(set(train.classes) ^ set(val.classes))
-        raise DataError(
-            f"{cfg.data.source.val} has {len(val.classes)} classes, {_place(cfg.data, 'train')} {len(train.classes)}; "
-            f"not in both: {', '.join(missing[:5]) or 'none, but their order differs'}"
-        )
+    if val:
+        _compare_classes(cfg.data, train.classes, val.classes)
     stream = build_stream(cfg, train, device=device, dtype=dtype, rank=rank, world_size=world_size)
-    stream.warm_up()
     probes = Prober(train, val, cfg.data, cfg.evaluate, cfg.views.impl, device, cfg.run.seed, rank, world_size)
     return Loaders(train=stream, probes=probes)
 
@@ -189,22 +183,40 @@ def _place(cfg: config.DataConfig, split: Split) -> Path | None:
     return cfg.source.train if split == "train" else cfg.source.val
 
 
-def count_images(cfg: config.DataConfig) -> int:
-    """Images to train on. Opens both splits, so that what is wrong with either comes out, but decodes nothing."""
-    counts = [_count(cfg, path) for split in SPLITS if (path := _place(cfg, split))]
-    return counts[0]
+def check_data(cfg: config.Config, device: torch.device, world_size: int) -> int:
+    """Images to train on. Raises what `build_loaders` would, but decodes nothing: a resident set that is too large may
+    still be refused later."""
+    _check(cfg, device)
+    found = [_tables(cfg.data, path) for split in SPLITS if (path := _place(cfg.data, split))]
+    if len(found) == 2:
+        _compare_classes(cfg.data, found[0][1], found[1][1])
+    _sampler(cfg, found[0][0], 0, world_size)
+    return found[0][0]
 
 
-def _count(cfg: config.DataConfig, path: Path) -> int:
+def _tables(cfg: config.DataConfig, path: Path) -> tuple[int, tuple[str, ...]]:
+    """Number of images, and class names."""
     match cfg.source:
         case config.SyntheticSource(images=count):
-            return count
+            return count, ()
         case config.ResidentSource() as resident:
             files = _decoder(resident, path)
             if files is None:
                 from pipelines.tensor_file import read_tensor_file
 
-                return len(read_tensor_file(path).label)
+                data = read_tensor_file(path)
+                return len(data.label), data.classes
         case files:
             pass
-    return len(_open(files, path, cfg.on_corrupt, CPU, _silent, None).labels)
+    source = _open(files, path, cfg.on_corrupt, CPU, _silent, None)
+    return len(source.labels), source.classes
+
+
+def _compare_classes(cfg: config.DataConfig, train: tuple[str, ...], val: tuple[str, ...]) -> None:
+    """Raises DataError if both splits have classes, and not the same ones."""
+    if train and val and train != val:
+        missing = sorted(set(train) ^ set(val))
+        raise DataError(
+            f"{_place(cfg, 'val')} has {len(val)} classes, {_place(cfg, 'train')} {len(train)}; "
+            f"not in both: {', '.join(missing[:5]) or 'none, but their order differs'}"
+        )

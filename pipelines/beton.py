@@ -5,6 +5,7 @@
 FFCV trusts every number in the file: a damaged one gives wrong pixels, a hang or a crash. So `open_beton` comes first.
 """
 
+import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,8 @@ class Beton:
     index: np.ndarray  # (N,) int64, the image's entry in its data set
     data_ptr: np.ndarray  # (N,) int64, the first byte of the image's data
     data_size: np.ndarray  # (N,) int64, bytes
+    length: int  # of the file, bytes
+    identity: tuple[int, ...]  # of the file that was checked: `open_again` knows it by that
 
 
 def metadata_dtype(fields: tuple[str, ...]) -> np.dtype:
@@ -76,6 +79,7 @@ def open_beton(path: Path) -> Beton:
     length = _file_length(path)
     try:
         with path.open("rb") as file:
+            identity = _identity(file)
             header = _read_header(path, file, length)
             fields = _read_fields(path, file, header, length)
             samples, table = _read_tables(path, file, header, fields, length)
@@ -96,7 +100,26 @@ def open_beton(path: Path) -> Beton:
         index=index,
         data_ptr=table["ptr"].astype(np.int64),
         data_size=table["size"].astype(np.int64),
+        length=length,
+        identity=identity,
     )
+
+
+def open_again(beton: Beton) -> BinaryIO:
+    """The file that `open_beton` has checked. Raises DataError if it is gone, or if another lies in its place."""
+    try:
+        file = beton.path.open("rb")
+    except OSError as error:
+        raise DataError(f"{beton.path}: gone since the run began ({(error.strerror or '').lower()})") from None
+    if _identity(file) != beton.identity:
+        file.close()
+        raise DataError(f"{beton.path}: changed since the run began; start it again")
+    return file
+
+
+def _identity(file: BinaryIO) -> tuple[int, ...]:
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _file_length(path: Path) -> int:

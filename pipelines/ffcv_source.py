@@ -1,29 +1,30 @@
 """`.beton` files, each image decoded once, by FFCV's compiled decoder, straight into the buffer that is handed over.
 
-Of FFCV's loader only what pays is used: its JPEG decoder and its page cache. Its own loop hangs for ever on any
-exception, leaks when an epoch is left early, gives every image the room of the largest and overwrites what it gave; so
-the loop here is ours, in the caller's thread. Its decoder's verdict, which FFCV drops, is kept for every image. The
-file is validated before anything maps it.
+Of FFCV's loader only what pays is used: its JPEG decoder and the plan of its page cache. Its own loop hangs for ever
+on any exception, leaks when an epoch is left early, gives every image the room of the largest and overwrites what it
+gave; so the loop here is ours, in the caller's thread. Its decoder's verdict, which FFCV drops, is kept for every
+image. The file is validated before anything maps it.
 """
 
-import queue
-import threading
+import os
 from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.beton import JPG, RAW, Beton, open_beton
+from pipelines.beton import JPG, RAW, Beton, open_again, open_beton
 from pipelines.frames import Frames, host_buffer, stand_in
 from pipelines.images import BadImage, decode_image
 from pipelines.manifest import classes_of
 from ressl.batch import DataError
+
+READERS = 12  # threads that read pages, as many as FFCV has
 
 
 class FfcvSource:
@@ -45,16 +46,15 @@ class FfcvSource:
         self._decode(nothing, _read_only(np.zeros(0, np.uint8)), nothing, np.zeros(0, np.uint8), nothing)  # compiles
 
     def stream(self, batches: Iterable[np.ndarray], *, salt: int) -> Iterator[Frames]:
-        if not self.beton.path.exists():
-            raise DataError(f"{self.beton.path}: gone since the run began; put it back")
-        match self.cache:
-            case "os":
-                data = _mapped(self.beton, batches)
-            case "process":
-                data = _paged(self.beton, list(batches))
-        with closing(data):
-            for positions, memory, start in data:
-                yield self._frames(positions, memory, start, salt)
+        with open_again(self.beton) as file:
+            match self.cache:
+                case "os":
+                    data = _mapped(self.beton, file, batches)
+                case "process":
+                    data = _paged(self.beton, file, list(batches))
+            with closing(data):
+                for positions, memory, start in data:
+                    yield self._frames(positions, memory, start, salt)
 
     def _frames(self, positions: np.ndarray, memory: np.ndarray, start: np.ndarray, salt: int) -> Frames:
         """`memory` (bytes,) uint8 holds the file's data of each position (B,) from `start` (B,) on."""
@@ -122,7 +122,7 @@ class FfcvSource:
 
 def read_sample(beton: Beton, position: int) -> np.ndarray:
     """One image, (H, W, 3) uint8, without FFCV. Raises BadImage."""
-    with beton.path.open("rb") as file:
+    with open_again(beton) as file:
         file.seek(int(beton.data_ptr[position]))
         data = file.read(int(beton.data_size[position]))
     if beton.mode[position] == RAW:
@@ -135,40 +135,51 @@ def read_sample(beton: Beton, position: int) -> np.ndarray:
 Data = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def _mapped(beton: Beton, batches: Iterable[np.ndarray]) -> Generator[Data]:
-    memory = _read_only(np.memmap(beton.path, np.uint8, mode="r"))
+def _mapped(beton: Beton, file: BinaryIO, batches: Iterable[np.ndarray]) -> Generator[Data]:
+    memory = _read_only(np.memmap(file, np.uint8, mode="r"))
     for positions in batches:
         yield positions, memory, beton.data_ptr[positions]
 
 
-def _paged(beton: Beton, batches: list[np.ndarray]) -> Generator[Data]:
-    """Through FFCV's process cache: its threads read each page of the file shortly before its first use in the epoch,
-    and its memory is used again after the last."""
+def _paged(beton: Beton, file: BinaryIO, batches: list[np.ndarray]) -> Generator[Data]:
+    """By the plan of FFCV's process cache: each page of the file is read shortly before its first use in the epoch, and
+    its memory is used again after the last. The reading is ours: FFCV's goes on with whatever it could not read."""
     if not batches:
         return
     with _threads_kept():
-        from ffcv.memory_managers.process_cache.context import ProcessCacheContext
+        from ffcv.memory_managers.process_cache.schedule import compute_schedule
 
     page = beton.data_ptr // beton.page_size
-    # what the context asks of FFCV's manager, which would keep three dictionaries of the whole file
-    manager = SimpleNamespace(
-        reader=SimpleNamespace(file_name=str(beton.path), page_size=beton.page_size),
-        sample_to_pages=page.reshape(-1, 1),
-    )
-    context: Any = ProcessCacheContext(manager, batches)
-    context.__enter__()
-    readers = context.executor.threads
-    context.executor.loaded_queue = _Watched(context.executor.loaded_queue, readers, beton.path)
+    plan = compute_schedule([set(page[positions].tolist()) for positions in batches])
+    slot = np.zeros(int(page.max()) + 1, np.int64)
+    slot[list(plan.page_to_slot)] = list(plan.page_to_slot.values())
+    memory = np.empty((plan.num_slots, beton.page_size), np.uint8)
+    reading: dict[int, Future[None]] = {}
+    pool = ThreadPoolExecutor(READERS, thread_name_prefix="page")
     try:
-        memory = _read_only(context.memory.reshape(-1))
         for number, positions in enumerate(batches):
-            context.start_batch(number)
-            slot = context.page_to_slot[page[positions]].astype(np.int64)
-            yield positions, memory, slot * beton.page_size + beton.data_ptr[positions] % beton.page_size
+            for wanted in plan.can_prefetch_at[number]:
+                reading[wanted] = pool.submit(_read_page, beton, file.fileno(), wanted, memory[slot[wanted]])
+            for needed in plan.entering_at[number]:
+                reading.pop(needed).result()
+            first = slot[page[positions]] * beton.page_size
+            yield positions, _read_only(memory.reshape(-1)), first + beton.data_ptr[positions] % beton.page_size
     finally:
-        context.__exit__(None, None, None)
-        for reader in readers:
-            reader.join()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _read_page(beton: Beton, file: int, page: int, memory: np.ndarray) -> None:
+    """Fills `memory` (page_size,); the file's last page is shorter. Raises DataError where the file is."""
+    begin = page * beton.page_size
+    length, done = min(beton.page_size, beton.length - begin), 0
+    while done < length:
+        try:
+            count = os.preadv(file, [memory[done:length].data], begin + done)
+        except OSError as error:
+            raise DataError(f"{beton.path}: cannot be read at byte {begin + done:,}: {error.strerror}") from None
+        if count == 0:
+            raise DataError(f"{beton.path}: ends at byte {begin + done:,}: it was cut since the run began")
+        done += count
 
 
 def _read_only(memory: np.ndarray) -> np.ndarray:
@@ -176,21 +187,6 @@ def _read_only(memory: np.ndarray) -> np.ndarray:
     memory = memory.view(np.ndarray)
     memory.flags.writeable = False
     return memory
-
-
-class _Watched:
-    """A queue that raises where FFCV's waits for ever: when the threads that fill it have died."""
-
-    def __init__(self, inner: queue.Queue, fillers: list[threading.Thread], path: Path) -> None:
-        self.inner, self.fillers, self.path = inner, fillers, path
-
-    def get(self) -> Any:
-        while True:
-            try:
-                return self.inner.get(timeout=1)
-            except queue.Empty:
-                if not any(thread.is_alive() for thread in self.fillers):
-                    raise DataError(f"{self.path}: cannot be read any more: was it moved or removed?") from None
 
 
 # --- FFCV ------------------------------------------------------------------------------------------------------------

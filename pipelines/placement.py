@@ -30,11 +30,12 @@ def settle(placement: Literal["auto", "none"], device: torch.device) -> int:
 def share(allowed: Sequence[int], nodes: Sequence[int | None], rank: int, root: Path = SYS) -> list[int]:
     """The cores of `rank`, out of those that are `allowed`. `nodes` holds the NUMA node of each rank's GPU, or None.
 
-    Ranks of one node share out its cores; if any node is unknown or has no core that is allowed, all ranks share out
-    all cores. Two hardware threads of one core stay together. With fewer cores than ranks, all may run on all of them.
+    Ranks of one node share out its cores; if any node is unknown, or has fewer cores that are allowed than ranks, all
+    ranks share out all cores. Two hardware threads of one core stay together. With fewer cores than ranks, all may run
+    on all of them.
     """
     of_node = {node: _cpus(root / f"devices/system/node/node{node}/cpulist") & set(allowed) for node in set(nodes)}
-    if all(of_node.values()) and None not in of_node:
+    if None not in of_node and all(len(cores) >= list(nodes).count(node) for node, cores in of_node.items()):
         pool, peers = of_node[nodes[rank]], [peer for peer in range(len(nodes)) if nodes[peer] == nodes[rank]]
     else:
         pool, peers = set(allowed), list(range(len(nodes)))

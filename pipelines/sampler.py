@@ -85,7 +85,10 @@ class Sampler:
             case Shards(count=count):
                 taken = self.steps_per_epoch * self.batch_size // count  # of each shard
                 shards = [shard(self.num_images, s, count) for s in range(count)]
-                mixed = [s[permutation(len(s), self.seed, epoch)][:taken] for s in shards]
+                # a seed for each shard, or neighbours in shards of one length would meet in every epoch
+                seeds = [self.seed + ((s + 1) << 32) for s in range(count)]
+                orders = [permutation(len(s), seed, epoch) for s, seed in zip(shards, seeds, strict=True)]
+                mixed = [s[order[:taken]] for s, order in zip(shards, orders, strict=True)]
                 steps = [part.reshape(self.steps_per_epoch, self.batch_size // count) for part in mixed]
                 return np.concatenate(steps, axis=1).reshape(-1)
 
@@ -97,8 +100,8 @@ def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def blocked_permutation(count: int, seed: int, epoch: int, *, block: int, window: int) -> np.ndarray:
-    """(count,) int64, all of 0 .. count - 1. Entries `block * window` apart or less in the result come from at most
-    2 `window` blocks of `block` neighbours."""
+    """(count,) int64, all of 0 .. count - 1. Any `block` x `window` entries in a row come from at most 2 `window` + 2
+    blocks of `block` neighbours."""
     blocks = permutation(-(-count // block), seed, epoch)
     starts = np.concatenate([np.arange(b * block, min((b + 1) * block, count)) for b in blocks])
     within = permutation(count, seed + 1, epoch)  # another key than that of the blocks

@@ -38,7 +38,7 @@ class Runtime:
     """The same code path serves one process and many, CPU and GPU."""
 
     def __init__(self, cfg: RunConfig) -> None:
-        cpu = cfg.device == "cpu" or not torch.cuda.is_available()
+        cpu = preferred_device(cfg).type == "cpu"
         if cpu and cfg.device == "cuda":
             raise MachineError("run.device=cuda, but torch sees no GPU here: see `python launch.py doctor`")
         if cpu and cfg.precision == "fp16":
@@ -114,6 +114,11 @@ class Runtime:
 
     def track(self, step: int, values: dict[str, float]) -> None:
         self._accelerator.log(values, step=step)
+
+
+def preferred_device(cfg: RunConfig) -> torch.device:
+    """Where a run of this config computes on this machine."""
+    return torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _keep_freed_memory() -> None:

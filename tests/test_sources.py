@@ -2,12 +2,14 @@
 
 import io
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 import launch
@@ -106,6 +108,34 @@ def test_what_does_not_fit_into_memory_is_refused_in_one_line_with_the_arithmeti
 def test_a_wrong_batch_is_refused_before_anything_is_decoded(pretrain):
     code, out, err = pretrain(SOURCES["resident folder"], "optim.batch_size=1000")
     assert code == 2 and "72 images are fewer than one batch" in err and "decoding" not in out
+
+
+@pytest.mark.parametrize(
+    ("source", "overrides", "said"),
+    [
+        (
+            "{name: resident, train: DATA/png, shards: 5}",
+            [],
+            r"shards=5 must be a multiple of the 1 processes",
+        ),
+        ("{name: resident, train: DATA/png, shards: 2}", ["--processes", "4"], "shards=2 must be a multiple of the 4"),
+        ("{name: folder, train: DATA/png, val: DATA/other}", [], "other has 3 classes, .* 4; not in both: colour3"),
+        ("{name: folder, train: DATA/png}", ["optim.batch_size=1000"], "72 images are fewer than one batch"),
+        ("{name: folder, train: DATA/png}", ["views.impl=triton"], "views.impl=triton needs a GPU"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would_refuse(pretrain, data, monkeypatch, source, overrides, said):
+    if "impl" in str(overrides):
+        if torch.cuda.is_available():
+            pytest.skip("there is a GPU")
+        monkeypatch.delenv("TRITON_INTERPRET")
+    if "other" in source and not (data / "other").exists():
+        shutil.copytree(data / "png", data / "other")
+        shutil.rmtree(data / "other" / "colour3")
+    processes = "--processes" in overrides
+    for dry in [["--dry-run"], *([[]] if not processes else [])]:
+        code, _, err = pretrain(source, *overrides, *dry)
+        assert code == 2 and re.search(said, err) and err.count("\n") == 1, err
 
 
 def test_two_processes_hold_half_of_a_sharded_set_each_and_train_as_one_does(data, tiny_config, tmp_path):

@@ -95,6 +95,11 @@ def remarks(cfg: Config, world_size: int) -> list[str]:
         found.append(f"note: teacher_temperature {temperatures} student_temperature: targets flatter than predictions")
     if cfg.encoder.batchnorm.name == "shuffle" and world_size == 1:
         found.append("note: encoder.batchnorm shuffle has nothing to shuffle on one process; it is as local")
+    if cfg.data.source.name == "ffcv" and cfg.data.source.cache == "process" and cfg.data.shuffle == "global":
+        found.append(
+            "note: data.source.cache process keeps in memory what the order comes back to: with data.shuffle global, "
+            "the whole file"
+        )
     return found
 
 

@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
 from torch import Tensor
 
+from pipelines import build_source, build_stream
 from pipelines.draws import OPERATIONS, ViewParams
 from pipelines.frames import Frames, Source
 from pipelines.loader import ViewStream, cut
@@ -21,7 +23,9 @@ from pipelines.prefetch import prefetch
 from pipelines.randaugment import SHARPNESS, SHEAR_X
 from pipelines.views import canvas
 from ressl.batch import DataError
-from ressl.config import ViewConfig
+from ressl.config import Config, ViewConfig
+from ressl.runtime import preferred_device
+from tools.decoding import shown_decoding
 
 TILE, GAP, MARGIN, TITLES, LINE = 152, 9, 14, 96, 14  # pixels
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#4b2e83")  # of the views, then again from the first
@@ -48,6 +52,25 @@ class Cut:
     name: str
     frames: Frames  # where they are: they may share the memory of a whole data set
     views: list[Tensor]  # each (B, 3, h, w), bytes as float32, on the CPU
+
+
+def draw_views(cfg: Config, out: Path, *, images: int = 8, epoch: int = 0, other: Config | None = None) -> None:
+    """`save_views` of the source of `cfg`, or of those of both configs."""
+    console, device = Console(markup=False, highlight=False), preferred_device(cfg.run)
+
+    def say(message: str) -> None:
+        console.print(message, soft_wrap=True)
+
+    with shown_decoding(console) as progress:
+        source, second = (
+            build_source(one.data, "train", device, say, progress=progress) if one else None for one in (cfg, other)
+        )
+    assert source is not None
+    size = min(cfg.optim.batch_size, len(source.labels))  # a few images can be shown, if not trained on
+    optim = cfg.optim.model_copy(update={"batch_size": size, "accumulate": 1})
+    stream = build_stream(cfg.model_copy(update={"optim": optim}), source, device=device)
+    names = (f"1 {cfg.data.source.name}", f"2 {other.data.source.name}") if other else ("", "")
+    save_views(stream, out, images=images, epoch=epoch, other=second, names=names, report=say)
 
 
 def save_views(
@@ -81,7 +104,9 @@ def save_views(
     params = stream.params(frames, epoch)
     cuts = [_cut(stream, names[0], frames, params, epoch)]
     if other is not None:
-        cuts.append(_cut(stream, names[1], _read(stream, other, found), params, epoch))
+        again = _read(stream, other, found)
+        _check_same_images(frames, again, names)
+        cuts.append(_cut(stream, names[1], again, params, epoch))
     params = [ViewParams(*(getattr(view, name).cpu() for name in view.__slots__)) for view in params]
     _save(_sheet(_rows(stream, cuts, params, stream.configs(epoch), report)), path)
 
@@ -99,6 +124,18 @@ def _find(source: Source, index: np.ndarray) -> np.ndarray:
     order = np.argsort(source.index, kind="stable")
     place = order[np.searchsorted(source.index, index, sorter=order).clip(max=len(order) - 1)]
     return np.where(source.index[place] == index, place, -1)
+
+
+def _check_same_images(ours: Frames, theirs: Frames, names: tuple[str, str]) -> None:
+    """Raises DataError where shapes differ by more than resizing rounds: an index then means another image there."""
+    a, b = ours.original.double().cpu(), theirs.original.double().cpu()
+    unlike = (a[:, 0] * b[:, 1] / (a[:, 1] * b[:, 0])).log().abs() > 2 / b.amin(dim=1)
+    for row in unlike.nonzero().flatten().tolist():
+        one, two = (" x ".join(f"{side:.0f}" for side in sizes[row].tolist()) for sizes in (a, b))
+        raise DataError(
+            f"image {int(ours.index[row])} is {one} pixels high and wide in {names[0]} and {two} in {names[1]}: "
+            "these are not the same data set"
+        )
 
 
 def _cut(stream: ViewStream, name: str, frames: Frames, params: Sequence[ViewParams], epoch: int) -> Cut:

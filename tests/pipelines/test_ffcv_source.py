@@ -3,7 +3,6 @@
 import io
 import os
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +50,11 @@ def blocks(block: int, window: int, batch_size: int = 4) -> list[np.ndarray]:
     return list(Sampler(40, batch_size, 0, order=Blocks(block, window)).epoch(0))
 
 
+def pages(path: Path, order: list[np.ndarray]):
+    with path.open("rb") as file:
+        yield from _paged(open_beton(path), file, order)
+
+
 def test_it_decodes_with_as_many_threads_as_it_is_given(paged):
     import numba
 
@@ -93,9 +97,9 @@ def test_both_caches_give_the_same_images_in_any_order(paged):
 
 def test_in_the_order_of_blocks_only_a_window_of_the_file_is_in_memory(paged):
     order = blocks(block=2, window=3)  # a block is a page
-    (_, memory, _), *_ = list(_paged(open_beton(paged), order))
+    (_, memory, _), *_ = list(pages(paged, order))
     assert memory.size // PAGE <= 4 * 3  # the windows that this batch and the three after it, read ahead, lie in
-    (_, whole, _), *_ = list(_paged(open_beton(paged), list(Sampler(40, 4, 0).epoch(0))))
+    (_, whole, _), *_ = list(pages(paged, list(Sampler(40, 4, 0).epoch(0))))
     assert whole.size // PAGE > 15
 
 
@@ -120,16 +124,37 @@ def test_a_file_that_is_removed_between_epochs_stops_the_run(paged, tmp_path, ca
         list(source.stream(blocks(2, 3), salt=0))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_epoch_whose_readers_die_ends_and_does_not_hang(paged, tmp_path):
-    """They open the file by its name; so they fail when it vanishes after the check."""
-    path = tmp_path / "gone.beton"
+@pytest.mark.parametrize("cache", ["os", "process"])
+def test_a_file_that_is_replaced_between_epochs_stops_the_run(paged, tmp_path, cache):
+    path = tmp_path / "swapped.beton"
     path.write_bytes(paged.read_bytes())
-    beton, started = open_beton(path), time.monotonic()
+    source = open_source(path, cache=cache)
+    (tmp_path / "other").write_bytes(paged.read_bytes())
+    (tmp_path / "other").rename(path)
+    with pytest.raises(DataError, match=r"swapped\.beton: changed since the run began"):
+        list(source.stream(blocks(2, 3), salt=0))
+
+
+@pytest.mark.parametrize("cache", ["os", "process"])
+def test_a_file_that_is_replaced_in_an_epoch_is_read_to_the_epochs_end(paged, tmp_path, cache):
+    path = tmp_path / "swapped.beton"
+    path.write_bytes(paged.read_bytes())
+    epoch, order = open_source(path, cache=cache).stream(blocks(2, 3), salt=0), blocks(2, 3)
+    seen = [next(epoch)]
     path.unlink()
-    with pytest.raises(DataError, match=r"gone\.beton: cannot be read any more"):
-        list(_paged(beton, blocks(2, 3)))
-    assert time.monotonic() - started < 10
+    path.write_bytes(bytes(100))
+    seen += list(epoch)
+    assert [image_of(f, row).mean() for f in seen for row in range(4)] == np.concatenate(order).tolist()
+
+
+def test_a_file_that_is_cut_in_an_epoch_stops_the_run_that_reads_pages(paged, tmp_path):
+    path = tmp_path / "cut.beton"
+    path.write_bytes(paged.read_bytes())
+    epoch = open_source(path, cache="process").stream(blocks(2, 3), salt=0)
+    next(epoch)
+    os.truncate(path, 3 * PAGE)
+    with pytest.raises(DataError, match=r"cut\.beton: ends at byte .*: it was cut since the run began"):
+        list(epoch)
 
 
 def test_an_epoch_of_no_batches_is_empty(paged):

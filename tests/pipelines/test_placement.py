@@ -61,6 +61,12 @@ def test_with_fewer_cores_than_ranks_all_run_on_all(machine):
     assert share([0, 1], [0] * 4, 3, machine) == [0, 1]
 
 
+def test_ranks_whose_node_has_too_few_cores_for_them_share_out_all(machine):
+    allowed = [0, 1, 4, 5, 6, 7, 12, 13]
+    shares = [share(allowed, [0, 0, 0, 0], rank, machine) for rank in range(4)]
+    assert sorted(sum(shares, [])) == allowed and list(map(len, shares)) == [2] * 4
+
+
 def test_a_machine_that_tells_nothing_is_shared_out_too(tmp_path):
     assert [share(range(4), [None, None], rank, tmp_path) for rank in range(2)] == [[0, 1], [2, 3]]
 

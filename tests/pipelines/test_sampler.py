@@ -196,6 +196,21 @@ def test_a_rank_is_only_asked_for_images_of_its_own_shards(world_size):
         assert set(joined(Sampler(101, 16, 3, rank, world_size, order=Shards(4)).epoch(0))) <= own
 
 
+def test_images_of_different_shards_meet_as_seldom_as_any_two():
+    sampler, met, epochs = Sampler(800, 16, 3, order=Shards(8)), 0, 40
+    for epoch in range(epochs):
+        for step in steps(sampler, epoch):
+            met += sum((i + 100) % 800 in step for i in step)
+    expected = epochs * 800 * 2 / 100  # of the 2 that a step takes of 100
+    assert abs(met - expected) < 6 * expected**0.5
+
+
+@pytest.mark.parametrize("count", [1000, 1003])
+def test_blocks_bound_what_is_in_memory(count):
+    order = blocked_permutation(count, 5, 2, block=10, window=4)
+    assert max(len(set(order[i : i + 40] // 10)) for i in range(count - 40)) <= 2 * 4 + 2
+
+
 def test_every_step_takes_as_many_images_of_each_shard():
     for step in steps(Sampler(100, 16, 3, order=Shards(4)), epoch=0):
         assert [sum(i // 25 == s for i in step) for s in range(4)] == [4] * 4

@@ -219,6 +219,17 @@ def test_a_source_with_none_of_the_images_is_refused(tiny_config: Path, tiny_dat
     assert not (tmp_path / "c.png").exists()
 
 
+def test_another_data_set_is_told_from_another_copy(tiny_config: Path, tiny_data: Path, tmp_path: Path) -> None:
+    for number in range(72):
+        image = tmp_path / "other" / "a" / f"{number:02}.png"
+        image.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (30, 16)).save(image)
+    with pytest.raises(
+        DataError, match="16 x 16 pixels high and wide in 1 here and 16 x 30 in 2 there"
+    ):
+        compared(open_stream(tiny_config), open_folder(tmp_path / "other"), tmp_path / "c.png")
+
+
 def test_the_verb_compares_the_sources_of_two_configs(
     tiny_config: Path,
     tiny_data: Path,
