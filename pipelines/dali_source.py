@@ -23,7 +23,7 @@ from torch import Tensor
 from pipelines.frames import Frames, host_buffer, stand_in
 from pipelines.headers import plain_size, read_regular
 from pipelines.images import BadImage, FolderIndex, decode_image, fit_max_side, read_image, scan_folder
-from pipelines.shards import INDEX, ShardFiles, read_index
+from pipelines.shards import INDEX, ShardFiles, point_to_shards, read_index
 from ressl.batch import DataError
 
 READ_AHEAD = 2  # batches whose files are being read
@@ -74,14 +74,16 @@ class DaliSource:
         except ImportError:
             raise DataError("data.source.name=dali needs DALI; `launch.py doctor` says how to install it") from None
         path = Path(path)
-        self.store: FolderIndex | ShardFiles
         if (path / INDEX).exists():
             index = read_index(path)
-            self.store = ShardFiles(index)
+            self.store: FolderIndex | ShardFiles = ShardFiles(index)
             self.labels, self.classes, self.index = index.label, index.classes, index.index
         else:
-            folder = scan_folder(path)
-            self.store = folder
+            try:
+                self.store = folder = scan_folder(path)
+            except DataError:
+                point_to_shards(path)
+                raise
             self.labels, self.classes, self.index = folder.labels, folder.classes, np.arange(len(folder.labels))
         if str(device) == "cuda":
             device = torch.device("cuda", torch.cuda.current_device())  # this thread's: streams run in others
@@ -135,8 +137,7 @@ class DaliSource:
             if data is None or size is None:
                 items.append(self._decode(position, salt))
             else:
-                original = self._original(position, size)
-                items.append(Encoded(position, np.frombuffer(data, np.uint8), size, original))
+                items.append(Encoded(position, np.frombuffer(data, np.uint8), size, self._original(position, size)))
         return items
 
     def _bytes(self, position: int) -> bytes | None:
@@ -161,8 +162,7 @@ class DaliSource:
             case FolderIndex():
                 return size
             case ShardFiles() as shards:
-                height, width = shards.index.original[position].tolist()
-                return height, width
+                return shards.original(position, size)
 
     def _decode(self, position: int, salt: int) -> Decoded:
         """The image asked for, or the one that stands in for it, decoded on the host."""

@@ -57,9 +57,12 @@ def manifest_text(manifest: Manifest) -> str:
 
 def classes_of(path: Path) -> tuple[str, ...]:
     """Class names of the data file at `path` from the manifest beside it; () where none lists the file."""
-    manifest = read_manifest(Path(path).parent)
+    path = Path(path)
+    if path.name in ("", ".."):  # `.` and `..` have no name to look for
+        path = path.resolve()
+    manifest = read_manifest(path.parent)
     records = manifest.splits.values() if manifest else ()
-    return next((record.classes for record in records if record.file == Path(path).name), ())
+    return next((record.classes for record in records if record.file == path.name), ())
 
 
 def _record(raw: dict[str, Any]) -> SplitRecord:

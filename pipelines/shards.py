@@ -25,6 +25,9 @@ FORMAT = b"ressl-shards-1"
 BLOCK = 512  # bytes; of a tar file, where everything starts at a multiple of it
 MAX_OPEN = 256  # shards that stay open; a process may have 1,024 files on most systems
 AGAIN = "convert or copy the directory again"
+ZIP = b"PK"  # how a zip file begins
+
+Stamp = tuple[int, int, int, int]  # tells one file from another in its place: device, inode, bytes, nanoseconds
 
 # kind of dtype and shape after the first dimension: S arrays have a row for each shard, N arrays for each image
 SHARD_ARRAYS: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -50,6 +53,7 @@ class ShardIndex:
 
     root: Path
     shards: tuple[str, ...]  # names of the tar files in root
+    stamps: tuple[Stamp, ...]  # of the tar files, when they were checked
     shard: np.ndarray  # (N,) int32, which shard holds the image
     offset: np.ndarray  # (N,) int64, its first byte in the shard
     length: np.ndarray  # (N,) int64, bytes of the image file
@@ -70,17 +74,29 @@ class ShardIndex:
 def read_index(root: Path) -> ShardIndex:
     """Reads index.npz in `root` and checks all but the images themselves. Raises DataError for anything not whole."""
     path = Path(root) / INDEX
-    arrays = _load(path)
+    arrays, stamp = _load(path)
     problem = _find_type_problem(arrays)
     if problem is None:
         shards = tuple(name.decode("ascii", "replace") for name in arrays["shards"].tolist())
-        _check_files(path.parent, shards, arrays["shard_bytes"])
+        stamps = _check_files(path.parent, shards, arrays["shard_bytes"])
         classes = classes_of(path.parent)
         problem = _find_problem(arrays, classes)
     if problem is not None:
         raise DataError(f"{path}: damaged: {problem}; {AGAIN}")
+    _check_unchanged(path, stamp)
     fields = {name: arrays[name] for name in (*IMAGE_ARRAYS, "names")}
-    return ShardIndex(root=path.parent, shards=shards, classes=classes, **fields)
+    return ShardIndex(root=path.parent, shards=shards, stamps=stamps, classes=classes, **fields)
+
+
+def point_to_shards(root: Path) -> None:
+    """Raises DataError where shards lie in `root` without an index, or one directory below it: what to give instead."""
+    places = sorted({tar.parent for pattern in ("*.tar", "*/*.tar") for tar in Path(root).glob(pattern)})
+    indexed = [str(place) for place in places if (place / INDEX).is_file()]
+    if indexed:
+        choice = "one of them" if len(indexed) > 1 else "that"
+        raise DataError(f"{root}: the shards are in {' and '.join(indexed)}; give {choice}")
+    if places:
+        raise DataError(f"{places[0]}: shards without {INDEX}; convert again with `convert --to webdataset`")
 
 
 class ShardFiles:
@@ -93,7 +109,11 @@ class ShardFiles:
         weakref.finalize(self, _close_all, self.files)
 
     def read(self, position: int) -> bytes:
-        """The file of an image as it was. Raises BadImage, whose message is the reason only."""
+        """The file of an image as it was.
+
+        Raises BadImage, whose message is the reason only, and DataError for a shard that is no more the one whose index
+        was read: each of its images would be another one.
+        """
         shard, length = int(self.index.shard[position]), int(self.index.length[position])
         try:
             file = self.files.get(shard) or self._open(shard)
@@ -106,6 +126,19 @@ class ShardFiles:
             raise BadImage(f"the shard ends after {len(data):,} of its {length:,} bytes")
         return data
 
+    def original(self, position: int, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of an image before any resizing. Raises DataError unless `size` is the stored one, which is
+        what others have reckoned with."""
+        height, width = self.index.size[position].tolist()
+        if size != (height, width):
+            raise DataError(
+                f"{self.index.root / INDEX}: says {height} x {width} pixels (height x width) of "
+                f"{self.index.name(position)} in {self.index.shards[int(self.index.shard[position])]}, which has "
+                f"{size[0]} x {size[1]}; {AGAIN}"
+            )
+        height, width = self.index.original[position].tolist()
+        return height, width
+
     def where(self, position: int) -> str:
         """Shard and name of an image, for messages."""
         shard = self.index.root / self.index.shards[int(self.index.shard[position])]
@@ -115,7 +148,11 @@ class ShardFiles:
         with self.lock:
             file = self.files.get(shard)
             if file is None:
-                file = FileIO(self.index.root / self.index.shards[shard])
+                path = self.index.root / self.index.shards[shard]
+                file = FileIO(path)
+                if _stamp(os.fstat(file.fileno())) != self.index.stamps[shard]:
+                    file.close()
+                    raise DataError(f"{path}: changed since the run began; start it again")
                 if len(self.files) < self.max_open:
                     self.files[shard] = file
             return file
@@ -129,24 +166,53 @@ def _close_all(files: dict[int, FileIO]) -> None:
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _load(path: Path) -> dict[str, np.ndarray]:
-    what = f"not an index of the format {FORMAT.decode()}"
+def _load(path: Path) -> tuple[dict[str, np.ndarray], Stamp]:
+    hint = "give a directory made by `convert --to webdataset`"
+    arrays: dict[str, np.ndarray] = {}
+    part = "its table of contents"  # what is being read
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            raise DataError(f"{path}: not a regular file; give a directory made by `convert --to webdataset`")
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("format", "names", *SHARD_ARRAYS, *IMAGE_ARRAYS)}
+            raise DataError(f"{path}: not a regular file; {hint}")
+        with path.open("rb") as opened:
+            stamp = _stamp(os.fstat(opened.fileno()))
+            if opened.read(len(ZIP)) != ZIP:  # numpy would take it for a pickle
+                raise DataError(f"{path}: not a zip file, as {INDEX} is; {AGAIN}")
+            opened.seek(0)
+            with np.load(opened, allow_pickle=False) as file:
+                for part in ("format", "names", *SHARD_ARRAYS, *IMAGE_ARRAYS):
+                    arrays[part] = _array(file[part])
     except DataError:
         raise
     except OSError as error:
-        hint = "give a directory made by `convert --to webdataset`"
-        raise DataError(f"{path}: cannot be read: {error.strerror or 'not a zip file'}; {hint}") from None
-    except Exception as error:  # zipfile and numpy raise a dozen types for damaged data, MemoryError among them
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{path}: {what}, or damaged ({reason}); {AGAIN}") from None
+        raise DataError(f"{path}: cannot be read: {error.strerror or 'damaged'}; {hint}") from None
+    except Exception:  # zipfile and numpy raise a dozen types for damaged data, in words that help nobody
+        raise DataError(f"{path}: damaged: {part} cannot be read; {AGAIN}") from None
     if arrays["format"].shape != () or arrays["format"].dtype.kind != "S" or arrays["format"].item() != FORMAT:
-        raise DataError(f"{path}: {what}; make one with `convert --to webdataset`")
-    return arrays
+        raise DataError(
+            f"{path}: not an index of the format {FORMAT.decode()}; make one with `convert --to webdataset`"
+        )
+    return arrays, stamp
+
+
+def _array(value: object) -> np.ndarray:
+    """numpy gives bytes for what is no array."""
+    if not isinstance(value, np.ndarray):
+        raise TypeError
+    return value
+
+
+def _stamp(status: os.stat_result) -> Stamp:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _check_unchanged(path: Path, stamp: Stamp) -> None:
+    """Shards that were looked at before this are those of the index, as a conversion replaces the directory."""
+    try:
+        unchanged = _stamp(path.stat()) == stamp
+    except OSError:
+        unchanged = False
+    if not unchanged:
+        raise DataError(f"{path}: changed while it was read; start again")
 
 
 def _find_type_problem(arrays: dict[str, np.ndarray]) -> str | None:
@@ -165,9 +231,10 @@ def _find_type_problem(arrays: dict[str, np.ndarray]) -> str | None:
     return None
 
 
-def _check_files(root: Path, shards: tuple[str, ...], sizes: np.ndarray) -> None:
+def _check_files(root: Path, shards: tuple[str, ...], sizes: np.ndarray) -> tuple[Stamp, ...]:
     if len(set(shards)) != len(shards):
         raise DataError(f"{root / INDEX}: damaged: a shard is named twice; {AGAIN}")
+    stamps = []
     for name, size in zip(shards, sizes.tolist(), strict=True):
         if not re.fullmatch(r"shard-[0-9]{5,}\.tar", name):
             raise DataError(f"{root / INDEX}: damaged: {name!r} is no name of a shard; {AGAIN}")
@@ -179,6 +246,8 @@ def _check_files(root: Path, shards: tuple[str, ...], sizes: np.ndarray) -> None
             raise DataError(f"{root / name}: not a regular file; {AGAIN}")
         if status.st_size != size:
             raise DataError(f"{root / name}: {status.st_size:,} bytes, but {INDEX} says {size:,}; {AGAIN}")
+        stamps.append(_stamp(status))
+    return tuple(stamps)
 
 
 def _find_problem(arrays: dict[str, np.ndarray], classes: tuple[str, ...]) -> str | None:

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from pipelines.dali_source import DaliSource
 from pipelines.folder_source import FolderSource
+from pipelines.shards import read_index
 from ressl.batch import DataError
 from tools.convert import convert
 
@@ -231,11 +232,11 @@ def test_nothing_but_bad_images_is_an_error_with_a_name(tmp_path):
 def test_damage_in_shards_is_reported_with_the_image_s_name(folder, tmp_path):
     convert(str(folder), tmp_path, "webdataset", console=Console(quiet=True))
     messages: list[str] = []
-    source = dali(tmp_path / "train", on_corrupt="replace", report=messages.append)
     tar = tmp_path / "train" / "shard-00000.tar"
     with tar.open("r+b") as file:
-        file.seek(int(source.store.index.offset[5]))
+        file.seek(int(read_index(tmp_path / "train").offset[5]))
         file.write(b"damaged")
+    source = dali(tmp_path / "train", on_corrupt="replace", report=messages.append)
     assert by_index(source, batches()).keys() == set(range(COUNT)) - {5}
     os.truncate(tar, int(source.store.index.offset[16]) + 10)
     assert by_index(source, batches()).keys() == set(range(COUNT)) - {5, 16, 17, 18, 19}
@@ -243,6 +244,48 @@ def test_damage_in_shards_is_reported_with_the_image_s_name(folder, tmp_path):
     assert any(f"{tar}: b/16.jpg: the shard ends after 10 of its" in message for message in messages)
     with pytest.raises(DataError, match=r"shard-00000\.tar: .* bytes, but index\.npz says"):
         dali(tmp_path / "train")
+
+
+def test_shards_that_are_converted_again_while_they_are_read_end_the_run_without_a_report(folder, tmp_path):
+    quiet = Console(quiet=True)
+    convert(str(folder), tmp_path, "webdataset", console=quiet)
+    before, messages = threading.enumerate(), []
+    source = dali(tmp_path / "train", on_corrupt="replace", report=messages.append)
+    convert(str(folder), tmp_path, "webdataset", shuffle=True, overwrite=True, console=quiet)
+    with pytest.raises(DataError, match=r"shard-00000\.tar: changed since the run began; start it again"):
+        list(source.stream(batches(), salt=0))
+    assert (messages, threading.enumerate()) == ([], before)
+
+
+@pytest.mark.parametrize("position", [4, 7])  # a JPEG file for DALI, a BMP file for the host
+def test_a_wrong_size_in_the_index_of_shards_ends_the_run_with_the_index_s_name(folder, tmp_path, position):
+    convert(str(folder), tmp_path, "webdataset", console=Console(quiet=True))
+    path = tmp_path / "train" / "index.npz"
+    with np.load(path) as file:
+        arrays = dict(file)
+    arrays["size"][position] -= 1
+    np.savez(path, **arrays)
+    messages: list[str] = []
+    source = dali(tmp_path / "train", on_corrupt="replace", report=messages.append)
+    with pytest.raises(DataError, match=rf"index\.npz: says .* of a/0{position}\.\w+ .*, which has .*; convert"):
+        list(source.stream(batches(), salt=0))
+    assert messages == []
+
+
+def test_a_path_beside_the_shards_is_told_the_right_one(folder, tmp_path):
+    for split in ("train", "val"):
+        convert(str(folder), tmp_path / "out", "webdataset", split=split, console=Console(quiet=True))
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    for root in (tmp_path / "out", tmp_path / "link"):
+        with pytest.raises(DataError, match=rf"{root}: .*the shards are in {root}/train and {root}/val; give one of"):
+            dali(root)
+    for split in ("train", "val"):
+        (tmp_path / "out" / split / "index.npz").unlink()
+    for root in (tmp_path / "out", tmp_path / "out" / "train"):
+        with pytest.raises(DataError, match=r"out/train: shards without index\.npz; convert again"):
+            dali(root)
+    (tmp_path / "out" / "image.jpg").write_bytes(GOOD)
+    assert len(dali(tmp_path / "out").labels) == 1
 
 
 def test_a_directory_without_images_and_a_missing_library_are_refused(folder, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import io
 import os
 import threading
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from pipelines.images import BadImage
+from pipelines.manifest import Manifest, SplitRecord, classes_of, manifest_text
 from pipelines.shards import ShardFiles, read_index
 from ressl.batch import DataError
 from tools.shard_writer import Member, write_shards
@@ -96,13 +98,80 @@ def test_a_shard_that_is_cut_or_removed_while_it_is_read_is_a_bad_image(root):
         files.read(2)
 
 
+def rewritten(root: Path) -> Path:
+    """The same shards beside `root` with the images of each in another order: files of the same names and sizes."""
+    new = root.with_name(root.name + "-new")
+    new.mkdir()
+    write_shards(new, map(member, [1, 0, 3, 2, 5, 4, 7, 6, 8]), COUNT, shard_images=2)
+    assert [stored(new, name).tolist() for name in ("shards", "shard_bytes")] == [
+        stored(root, name).tolist() for name in ("shards", "shard_bytes")
+    ]
+    return new
+
+
+@pytest.mark.parametrize("max_open", [1, 256])
+def test_a_shard_that_was_replaced_since_the_index_was_read_ends_the_run(root, max_open):
+    files, open_before = ShardFiles(read_index(root), max_open=max_open), open_files()
+    assert [files.read(i) for i in (0, 2)] == [member(i).data for i in (0, 2)]
+    new = rewritten(root)
+    root.rename(root.with_name(root.name + "-old"))
+    new.rename(root)
+    assert files.read(0) == member(0).data  # of the file that is still open
+    for i in (3, 5, 8) if max_open == 1 else (5, 8):
+        with pytest.raises(DataError, match=r"shard-0000\d\.tar: changed since the run began; start it again"):
+            files.read(i)
+    assert open_files() == open_before + min(max_open, 2)
+    assert ShardFiles(read_index(root)).read(0) == member(1).data
+
+
+def test_a_shard_that_was_written_again_in_place_ends_the_run(root):
+    files = ShardFiles(read_index(root))
+    for tar in sorted(rewritten(root).glob("*.tar")):
+        (root / tar.name).write_bytes(tar.read_bytes())
+    with pytest.raises(DataError, match=r"shard-00001\.tar: changed since the run began"):
+        files.read(2)
+
+
+@pytest.mark.parametrize("after", ["replaced", "removed"])
+def test_an_index_that_is_replaced_while_it_is_read_is_refused(root, monkeypatch, after):
+    """Another process finishes its conversion between the reading of the index and the look at the shards."""
+    new, load = rewritten(root), np.load
+
+    def load_late(*args, **kwargs):
+        loaded = load(*args, **kwargs)
+        if new.exists():
+            root.rename(root.with_name(root.name + "-old"))
+            new.rename(root)
+            if after == "removed":
+                (root / "index.npz").unlink()
+        return loaded
+
+    monkeypatch.setattr(np, "load", load_late)
+    with pytest.raises(DataError, match=r"index\.npz: changed while it was read; start again"):
+        read_index(root)
+    if after == "replaced":
+        assert ShardFiles(read_index(root)).read(0) == member(1).data
+
+
+def no_words_of_numpy(message: str) -> bool:
+    said, words = message.partition("index.npz: ")[2], ("pickle", "context manager", "archive", "attribute", "zipfile")
+    return said != "" and not any(word in said for word in words)
+
+
 def test_what_is_no_index_is_refused(root):
     path = root / "index.npz"
-    whole = path.read_bytes()
-    for data in (b"", b"text", whole[: len(whole) // 2], whole[:-1], whole.replace(b"NUMPY", b"DUMMY")):
+    whole, array = path.read_bytes(), io.BytesIO()
+    np.save(array, np.arange(9))
+    for data in (b"", b"text", array.getvalue(), b"\x80\x04K\x01."):
         path.write_bytes(data)
-        with pytest.raises(DataError, match=r"index\.npz: "):
+        with pytest.raises(DataError, match=r"index\.npz: not a zip file.*; convert .* again") as raised:
             read_index(root)
+        assert no_words_of_numpy(str(raised.value))
+    for data in (b"PK", whole[: len(whole) // 2], whole[:-1], whole.replace(b"NUMPY", b"DUMMY")):
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=r"index\.npz: damaged: .*; convert .* again") as raised:
+            read_index(root)
+        assert no_words_of_numpy(str(raised.value))
     path.unlink()
     with pytest.raises(DataError, match=r"index\.npz: cannot be read: No such file.*webdataset"):
         read_index(root)
@@ -113,7 +182,16 @@ def test_what_is_no_index_is_refused(root):
 
 def test_an_index_with_pickled_objects_is_refused(root):
     change(root, label=np.array([print] * COUNT, object))
-    with pytest.raises(DataError, match=r"index\.npz: not an index .* or damaged"):
+    with pytest.raises(DataError, match=r"index\.npz: damaged: label cannot be read") as raised:
+        read_index(root)
+    assert no_words_of_numpy(str(raised.value))
+
+
+def test_an_index_with_a_member_that_is_no_array_is_refused(root):
+    change(root, format=None)
+    with zipfile.ZipFile(root / "index.npz", "a") as file:
+        file.writestr("format.npy", "ressl-shards-1")
+    with pytest.raises(DataError, match=r"index\.npz: damaged: format cannot be read"):
         read_index(root)
 
 
@@ -121,7 +199,8 @@ def test_an_index_with_pickled_objects_is_refused(root):
     ("name", "value", "message"),
     [
         ("format", np.array(b"ressl-shards-9"), "not an index of the format ressl-shards-1"),
-        ("label", None, "not an index"),
+        ("label", None, "damaged: label cannot be read; convert"),
+        ("format", None, "damaged: format cannot be read"),
         ("label", np.zeros(COUNT - 1, np.int64), r"label is \(8,\)"),
         ("label", np.zeros(COUNT), "label is .* float64"),
         ("size", np.ones((COUNT, 3), np.int32), "size is"),
@@ -177,3 +256,28 @@ def test_the_sizes_of_shards_are_all_that_is_read_of_them(root):
     size = int(stored(root, "shard_bytes")[0])
     (root / "shard-00000.tar").write_bytes(bytes(size))
     read_index(root)
+
+
+@pytest.mark.parametrize(
+    ("start", "path"), [("", "train"), ("train", "."), ("train/deep", ".."), ("", "train/deep/..")]
+)
+def test_classes_are_found_wherever_the_path_starts(tmp_path, monkeypatch, start, path):
+    root = tmp_path / "train"
+    (root / "deep").mkdir(parents=True)
+    write_shards(root, map(member, range(COUNT)), COUNT)
+    record = SplitRecord("train", COUNT, ("a", "b"), (), 0, "", {}, "")
+    (tmp_path / "manifest.json").write_text(manifest_text(Manifest({"train": record})))
+    monkeypatch.chdir(tmp_path / start)
+    assert classes_of(Path(path)) == read_index(Path(path)).classes == ("a", "b")
+
+
+def test_the_size_of_an_image_is_believed_only_if_the_image_has_it(root):
+    size = stored(root, "size")
+    size[3] = (12, 11)
+    change(root, size=size)
+    files = ShardFiles(read_index(root))
+    assert files.original(2, (10, 12)) == (20, 24)
+    with pytest.raises(
+        DataError, match=r"index\.npz: says 12 x 11 pixels \(height x width\) of c/3.*, which has 11 x 12"
+    ):
+        files.original(3, (11, 12))
