@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,8 +32,8 @@ from pipelines.tensor_file import read_tensor_file
 from ressl.batch import DataError
 from tools.beton_writer import EncodedSample, write_beton_to
 from tools.image_sets import ImageSet, detect
-from tools.output import atomic_output
-from tools.shard_writer import Member, atomic_directory, write_shards
+from tools.output import part_directory, part_file, publish
+from tools.shard_writer import Member, write_shards
 from tools.tensor_writer import write_tensors_to
 
 Format = Literal["ffcv", "tensor", "webdataset"]
@@ -91,28 +91,32 @@ def convert(
     names the output of a source that has none (default: train). `max_side` in pixels; `max_skipped` is the share of a
     split's images that may be unreadable. `shuffle` writes them in an order that mixes the classes, always the same
     one. An image's index is its place in the source's sorted list, bad ones counted, wherever it is written. All files
-    appear together when all are whole; on any error there are none. Raises DataError and DiskFull.
+    get their names together when all are whole; on any error or Ctrl-C before that no new one is left, and older ones
+    are as they were. Where one is a link, the data goes where it points. Raises DataError and DiskFull.
     """
-    dst = Path(dst).expanduser()
+    dst, folder = Path(dst).expanduser(), Path(src).expanduser()
     options = _check_options(Options(to, mode, quality, max_side, max_skipped, shuffle))
     console = console or Console(stderr=True)
     origin = detect(src)
-    if Path(src).is_dir() and Path(src).resolve() in dst.resolve().parents:
+    if folder.is_dir() and _where(folder) in _where(dst).parents:
         raise DataError(f"{dst} lies inside {src} and would be taken for a class of images: choose another place")
     sets = _choose_splits(src, origin.sets, split)
     console.print(f"source: {_printable(origin.description)}", markup=False, highlight=False, soft_wrap=True)
-    before = _check_destination(dst, [name + SUFFIX[to] for name in sets], list(sets), overwrite)
+    before, left = _check_destination(dst, {name: name + SUFFIX[to] for name in sets}, to, overwrite)
     made = not dst.exists()
     try:
         manifest = _write_all(dst, sets, _printable(origin.description), before, options, workers, console)
     except BaseException as error:
         if made:
             with suppress(OSError):
-                dst.rmdir()
+                _where(dst).rmdir()
         raise _output_error(dst, error) if isinstance(error, OSError) else error from None
     records = [manifest.splits[name] for name in sets]
     size = f"{sum(record.bytes for record in records) / 1e6:,.1f} MB"
     console.print(f"wrote {', '.join(r.file for r in records)}, {size}, in {dst}", markup=False, soft_wrap=True)
+    for name in left:
+        line = f"{name} stays in {dst}, but {NAME} lists it no more; remove it if nothing reads it"
+        console.print(_printable(line), markup=False, soft_wrap=True)
     return manifest
 
 
@@ -132,24 +136,21 @@ def _write_all(
     console: Console,
 ) -> Manifest:
     try:
-        dst.mkdir(parents=True, exist_ok=True)
+        _where(dst).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{dst}: the directory cannot be made: {error.strerror}; choose another place") from None
     records = dict(before.splits)
-    with ExitStack() as outputs:  # they get their names in the opposite order: the manifest comes last
-        manifest_file = outputs.enter_context(atomic_output(dst / NAME))
-        for split, load in sets.items():
-            target = dst / (split + SUFFIX[options.to])
-            if options.to == "webdataset":
-                file: BinaryIO | Path = outputs.enter_context(atomic_directory(target))
-            else:
-                file = outputs.enter_context(atomic_output(target))
-            images = load()
+    names = {split: split + SUFFIX[options.to] for split in sets}
+    with ExitStack() as stack:
+        manifest_file = stack.enter_context(part_file(_where(dst / NAME)))
+        outputs = {split: stack.enter_context(_part_of(dst / name, options.to)) for split, name in names.items()}
+        for split, file in outputs.items():
+            images = sets[split]()
             classes = tuple(map(_printable, images.classes))
             skipped = _write_split(file, images, split, classes, options, workers, console)
             size, digest = _measure(file)
             records[split] = SplitRecord(
-                file=target.name,
+                file=names[split],
                 count=len(images.labels) - len(skipped),
                 classes=classes,
                 skipped=tuple(asdict(one) for one in skipped),
@@ -159,7 +160,17 @@ def _write_all(
                 source=source,
             )
         manifest_file.write(manifest_text(Manifest(records)).encode("ascii"))
+        publish(list(outputs.values()), manifest_file)
     return Manifest(records)
+
+
+def _part_of(path: Path, to: Format) -> AbstractContextManager[BinaryIO | Path]:
+    return part_directory(_where(path)) if to == "webdataset" else part_file(_where(path))
+
+
+def _where(path: Path) -> Path:
+    """Where a link points, so that the data is replaced and not the link; unlike resolve(), without loops as errors."""
+    return Path(os.path.realpath(path))
 
 
 def _check_options(options: Options) -> Options:
@@ -188,19 +199,24 @@ def _choose_splits(
     return {split: sets[split] if split in sets else next(iter(sets.values()))}
 
 
-def _check_destination(dst: Path, files: list[str], splits: list[str], overwrite: bool) -> Manifest:
-    """The manifest of what is in `dst` and stays there."""
-    existing = [name for name in files if (dst / name).exists()]
-    if existing and not overwrite:
-        raise DataError(f"{dst / existing[0]}: exists already; choose another place or use --overwrite")
+def _check_destination(dst: Path, files: dict[str, str], to: Format, overwrite: bool) -> tuple[Manifest, list[str]]:
+    """The manifest of the other splits in `dst`, and the files that it will not list any more but that stay there:
+    the `files` of the splits, by split, in other formats. They may still be in use, so nothing removes them."""
     if dst.exists() and not dst.is_dir():
         raise DataError(f"{dst}: not a directory; choose another place")
-    before = read_manifest(dst) or Manifest()
-    for name, file in zip(splits, files, strict=True):
-        other = before.splits[name].file if name in before.splits else file
-        if other != file and (dst / other).exists() and not overwrite:
+    for path in (dst / name for name in files.values()):
+        if path.exists() and not (path.is_dir() if to == "webdataset" else path.is_file()):
+            kind = "directory" if to == "webdataset" else "regular file"
+            raise DataError(f"{path}: exists already and is no {kind}, so it is not replaced; choose another place")
+        if path.exists() and not overwrite:
+            raise DataError(f"{path}: exists already; choose another place or use --overwrite")
+    records = (read_manifest(dst) or Manifest()).splits
+    kept = {name: record for name, record in records.items() if (dst / record.file).exists()}
+    others = {name: kept[name].file for name in files if name in kept and kept[name].file != files[name]}
+    for name, other in others.items():
+        if not overwrite:
             raise DataError(f"{dst}: its {name} is {other} already; choose another place or use --overwrite")
-    return Manifest({name: r for name, r in before.splits.items() if name not in splits and (dst / r.file).exists()})
+    return Manifest({name: record for name, record in kept.items() if name not in files}), list(others.values())
 
 
 def _output_error(dst: Path, error: OSError) -> Exception:

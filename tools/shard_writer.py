@@ -4,13 +4,11 @@ Layout: see pipelines/shards.py. DALI's index files have one line for each image
 for each of its two files in the tar, as `fn.readers.webdataset(index_paths=...)` reads them.
 """
 
-import fcntl
 import hashlib
 import os
-import shutil
 import tarfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -38,36 +36,6 @@ class Member:
     name: str  # in its data set
 
 
-@contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
-    """A new, empty directory `<path>.part` that becomes `path` when the block ends, in place of what was there.
-
-    On any exception, Ctrl-C included, it is removed and an older `path` stays as it was. Raises DataError where it
-    cannot be made, another process is writing it, or `path` is something that `convert` did not write; OSError comes
-    through.
-    """
-    if path.exists() and not (path / INDEX).is_file():
-        raise DataError(f"{path}: exists already and holds no {INDEX}, so it is not replaced; choose another place")
-    part, old = path.with_name(path.name + ".part"), path.with_name(path.name + ".part.old")
-    lock = _open_alone(part)
-    try:
-        yield part
-        _sync(part)
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)  # of a process that was killed below
-            path.rename(old)
-        part.rename(path)
-    except BaseException:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    finally:
-        os.close(lock)
-    _sync(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def write_shards(
     directory: Path,
     members: Iterable[Member],
@@ -79,7 +47,9 @@ def write_shards(
     """Writes shards, DALI's index files and index.npz into an empty directory; returns how many images they hold.
 
     Up to `count` members are taken. A shard holds at least one image, and is closed when it has `shard_images` of them
-    or the next one would take it above `shard_bytes`. Raises DataError where there is no member.
+    or the next one would take it above `shard_bytes`. The index holds each shard's SHA-256 (`shard_sha256`) to be
+    compared by whoever copies or keeps the files: `read_index` demands it, but compares only the shards' sizes, as
+    reading all of them would take too long at each start. Raises DataError where there is no member.
     """
     rows = {name: np.zeros((count, *shape), kind) for name, (kind, shape) in IMAGE_ARRAYS.items()}
     names: list[bytes] = []
@@ -183,36 +153,3 @@ def _finish(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
     file.close()
-
-
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _open_alone(part: Path) -> int:
-    """A locked handle of the empty directory `part`, which a killed process may have left; the lock shows one alive."""
-    try:
-        part.mkdir(exist_ok=True)
-        handle = os.open(part, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise DataError(f"{part}: cannot be written: {error.strerror}") from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(handle), part.stat()):
-            raise BlockingIOError
-    except (BlockingIOError, FileNotFoundError):
-        os.close(handle)
-        raise DataError(f"{part}: another process is writing it; wait for it or choose another place") from None
-    except OSError:  # a file system without locks
-        pass
-    try:
-        for left in part.iterdir():
-            left.unlink()
-    except OSError as error:
-        os.close(handle)
-        raise DataError(f"{error.filename}: cannot be removed: {error.strerror}; remove {part}") from None
-    return handle

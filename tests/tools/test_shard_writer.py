@@ -1,6 +1,5 @@
 """WebDataset shards: written as other readers of that format expect them, and whole or not at all."""
 
-import fcntl
 import hashlib
 import io
 import os
@@ -18,7 +17,7 @@ from pipelines.manifest import read_manifest
 from pipelines.shards import ShardFiles, read_index
 from ressl.batch import DataError
 from tools.convert import convert
-from tools.shard_writer import Member, atomic_directory, write_shards
+from tools.shard_writer import Member, write_shards
 
 KINDS = (".jpg", ".png", ".webp", ".bmp", ".tif")
 
@@ -212,35 +211,3 @@ def test_a_directory_that_is_not_ours_is_never_replaced(folder, tmp_path, consol
     with pytest.raises(DataError, match=r"train: exists already and holds no index\.npz"):
         convert(str(tmp_path / "data"), tmp_path / "data", "webdataset", overwrite=True, console=console)
     assert len(list((tmp_path / "data" / "train").rglob("*.*"))) == 10
-
-
-def test_what_a_killed_process_left_is_cleared_and_a_live_one_is_respected(tmp_path):
-    part = tmp_path / "out.part"
-    part.mkdir()
-    (part / "shard-00000.tar").write_bytes(b"half")
-    with atomic_directory(tmp_path / "out") as directory:
-        assert list(directory.iterdir()) == []
-        write_shards(directory, map(member, range(2)), 2)
-        with pytest.raises(DataError, match="another process is writing it"), atomic_directory(tmp_path / "out"):
-            pass
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    part.mkdir()
-    (part / "sub").mkdir()
-    with (
-        pytest.raises(DataError, match=r"sub: cannot be removed.*remove .*out\.part"),
-        atomic_directory(tmp_path / "out"),
-    ):
-        pass
-    handle = os.open(part, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the refusal above has let go of it
-    os.close(handle)
-
-
-def test_ctrl_c_leaves_nothing(tmp_path):
-    def interrupted():
-        yield member(0)
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt), atomic_directory(tmp_path / "out") as directory:
-        write_shards(directory, interrupted(), 2)
-    assert list(tmp_path.iterdir()) == []
