@@ -202,9 +202,9 @@ def _tables(cfg: config.DataConfig, path: Path) -> tuple[int, tuple[str, ...]]:
         case config.ResidentSource() as resident:
             files = _decoder(resident, path)
             if files is None:
-                from pipelines.tensor_file import read_tensor_file
+                from pipelines.resident_source import open_tensor_file
 
-                data = read_tensor_file(path)
+                data = open_tensor_file(path)
                 return len(data.label), data.classes
         case files:
             pass

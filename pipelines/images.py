@@ -55,7 +55,7 @@ def read_image(path: Path | str) -> np.ndarray:
         if status.st_size > MAX_BYTES:
             raise BadImage(f"{status.st_size / 2**30:.1f} GiB, over the limit of {MAX_BYTES / 2**30:.0f} GiB a file")
         with Path(path).open("rb") as file:
-            data = file.read(MAX_BYTES)
+            data = file.read(status.st_size)
     except FileNotFoundError:
         raise BadImage("dangling link" if Path(path).is_symlink() else "no such file") from None
     except OSError as error:

@@ -1,16 +1,18 @@
 """A whole data set, decoded once, in memory. Nothing is read or decoded while training.
 
-Images lie in one buffer without gaps, in RGB or as planes of YUV 4:2:0 (`yuv.py`). Sizes may show only on decoding, so
-the buffer is as long as the limit, in plain memory whose pages are taken as they fill. For `memory: device` it is then
-copied to the device at its exact length: the machine holds the images too until then, but neither holds them twice.
-For `memory: host` it stays as it is, and each batch goes through a page-locked buffer of its own; torch would round a
-page-locked buffer up to a power of two, and only what a GPU copies from gains by being one.
+Images lie in one buffer without gaps, in RGB or as planes of YUV 4:2:0 (`yuv.py`). Where a table has their sizes it is
+made at its exact length. Where sizes show only on decoding it grows, by remapping: no byte is copied, and at most an
+eighth more than the images take is reserved meanwhile, of which no page is in memory before it fills. For
+`memory: device` it is then copied to the device: the machine holds the images too until then, but neither holds them
+twice. For `memory: host` it stays as it is, and each batch goes through a page-locked buffer of its own; torch would
+round a page-locked buffer up to a power of two, and only what a GPU copies from gains by being one.
 """
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from mmap import MADV_HUGEPAGE, MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from pipelines.beton import open_beton
 from pipelines.frames import Frames, Source, host_buffer
-from pipelines.images import MAX_PIXELS
+from pipelines.free_memory import free_memory
 from pipelines.prefetch import prefetch
 from pipelines.sampler import shard
 from pipelines.shards import INDEX, read_index
@@ -54,16 +56,25 @@ class ResidentSource:
     ) -> None:
         if cfg.shards > 1 and cfg.shards % world_size:
             raise DataError(f"data.source.shards={cfg.shards} must be a multiple of the {world_size} processes")
-        source = _FileImages(read_tensor_file(path)) if decoder is None else decoder()
+        source = _FileImages(open_tensor_file(path)) if decoder is None else decoder()
         ranks = world_size if cfg.shards > 1 else 1
         part = shard(len(source.labels), rank if ranks > 1 else 0, ranks)
-        demand = Demand(path, cfg, len(source.labels), len(part), ranks, min(_limits(cfg, device), key=_length))
+        limit = min(_limits(cfg, device), key=_length)
+        demand = Demand(path, cfg, len(source.labels), len(part), ranks, world_size, limit)
+        length = 1
         if (sizes := _known_sizes(path, source, cfg.max_side)) is not None:
-            demand.check(sizes[part], int(_image_bytes(sizes[part], cfg.pixels).sum()))
+            length = int(_image_bytes(sizes[part], cfg.pixels).sum())
+            demand.check(sizes[part], length)
+            length += _slack(sizes[part])
         self.cfg, self.device = cfg, device
         self.labels, self.classes, self.index = source.labels, source.classes, source.index
         self.first, self.count = len(source.labels) * rank // ranks if ranks > 1 else 0, len(part)
-        held, self.start = _decode(source, part, demand, device, progress)
+        try:
+            held, self.start = _decode(source, part, demand, length, device, progress)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):  # torch's MemoryError
+                raise
+            raise DataError(demand.no_memory()) from None
         self.size = held.size.numpy()
         del source
         if (path / INDEX).exists():  # the decoder was DALI, whose memory would stay on the device
@@ -127,6 +138,16 @@ class ResidentSource:
 # --- decoding --------------------------------------------------------------------------------------------------------
 
 
+def open_tensor_file(path: Path) -> TensorFile:
+    """`read_tensor_file`, but a file of another kind is not called damaged. Raises DataError."""
+    if path.is_file() and path.suffix.lower() != ".safetensors":
+        raise DataError(
+            f"{path}: not a file that data.source.name=resident takes; give a .safetensors file "
+            "(`convert --to tensor`), a .beton file, a folder of images or a directory of shards with its index"
+        )
+    return read_tensor_file(path)
+
+
 class _FileImages:
     """A tensor file as a source."""
 
@@ -152,14 +173,19 @@ class _FileImages:
 
 
 def _decode(
-    source: Source, part: np.ndarray, demand: "Demand", device: torch.device, progress: Callable[[int, int], None]
+    source: Source,
+    part: np.ndarray,
+    demand: "Demand",
+    length: int,
+    device: torch.device,
+    progress: Callable[[int, int], None],
 ) -> tuple[Frames, np.ndarray]:
     """The images at the positions `part`, one after another, on the host; and (n + 1,) int64, where each starts, then
-    the end. Planes are made on `device`."""
+    the end. Planes are made on `device`. `length` bytes are reserved at first. Raises MemoryError."""
     count = len(part)
     size, original = np.empty((count, 2), np.int32), np.empty((count, 2), np.int32)
     index, label, start = np.empty(count, np.int64), np.empty(count, np.int64), np.zeros(count + 1, np.int64)
-    buffer = torch.from_numpy(np.empty(demand.limit.bytes + 3 * (MAX_PIXELS + 1), np.uint8))
+    memory, slack = _reserve(length), _slack(size[:0])
     batches = [part[at : at + DECODE_BATCH] for at in range(0, count, DECODE_BATCH)]
     done = 0
     # in a thread of its own, so that a batch is decoded while the one before it is converted
@@ -170,25 +196,59 @@ def _decode(
             index[here], label[here] = frames.index.cpu().numpy(), frames.label.cpu().numpy()
             start[done + 1 : here.stop + 1] = start[done] + np.cumsum(_image_bytes(size[here], demand.cfg.pixels))
             demand.check(size[: here.stop], int(start[here.stop]))
+            slack = max(slack, _slack(size[here]))
+            needed = int(start[here.stop]) + slack
+            if needed > len(memory):  # also where a larger image stands in for one whose size was known
+                _resize(memory, max(needed, min(needed + needed // 8, demand.limit.bytes)))
             images = _images(frames)
             flat = _as_planes(images, device) if demand.cfg.pixels == "yuv420" else [i.flatten() for i in images]
-            for row, image in enumerate(flat, done):
-                buffer[start[row] : start[row + 1]] = image
+            _write(memory, flat, start[done : here.stop + 1].tolist())
             done = here.stop
             progress(done, count)
-    widest = int(size[:, 1].max(initial=0))
+    _resize(memory, int(start[-1]) + slack)
     width = torch.from_numpy(size[:, 1].copy())
     held = Frames(
-        pixels=buffer[: start[-1] + 3 * (widest + 1)],
+        pixels=torch.frombuffer(memory, dtype=torch.uint8),
         offset=torch.from_numpy(start[:-1].copy()),
         size=torch.from_numpy(size),
         stride=width if demand.cfg.pixels == "yuv420" else 3 * width,
         original=torch.from_numpy(original),
         index=torch.from_numpy(index),
         label=torch.from_numpy(label),
-        extent=(int(size[:, 0].max(initial=0)), widest),
+        extent=(int(size[:, 0].max(initial=0)), int(size[:, 1].max(initial=0))),
     )
     return held, start
+
+
+def _reserve(length: int) -> mmap:
+    """Memory that can be resized without a copy. Raises MemoryError."""
+    try:
+        memory = mmap(-1, length, flags=MAP_PRIVATE | MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(error.strerror) from None
+    with suppress(OSError):  # a kernel may be built without huge pages
+        memory.madvise(MADV_HUGEPAGE)
+    return memory
+
+
+def _resize(memory: mmap, length: int) -> None:
+    """It may move: no tensor may be on it. Raises MemoryError."""
+    try:
+        memory.resize(length)
+    except OSError as error:
+        raise MemoryError(error.strerror) from None
+
+
+def _write(memory: mmap, images: list[Tensor], start: list[int]) -> None:
+    """Images (bytes,) each, the first from start[0] to start[1], and so on. The tensor on `memory` ends here."""
+    pixels = torch.frombuffer(memory, dtype=torch.uint8)
+    for image, first, end in zip(images, start[:-1], start[1:], strict=True):
+        pixels[first:end] = image
+
+
+def _slack(size: np.ndarray) -> int:
+    """Bytes behind the last of images of these sizes (n, 2), for `Frames` and for `to_rgb`."""
+    return 3 * (int(size[:, 1].max(initial=0)) + 1)
 
 
 def _images(frames: Frames) -> list[Tensor]:
@@ -234,6 +294,7 @@ class Demand:
     images: int  # of the whole set
     held: int  # of them by this rank
     ranks: int  # that share the set
+    world_size: int  # all ranks
     limit: Limit
 
     def check(self, size: np.ndarray, spent: int) -> None:
@@ -258,20 +319,38 @@ class Demand:
         if form == "RGB":
             planes = float(_image_bytes(size, "yuv420").sum())
             message += f"data.source.pixels=yuv420 would make it {_amount(planes * self.held / done)}; "
-        smaller = "lower data.source.max_side" if self.path.is_dir() else "convert again with a smaller --max-side"
+        return f"{message}{self.limit.remedy}, {self._otherwise()}"
+
+    def no_memory(self) -> str:
+        """Of memory that the system did not give, although it is within the limit."""
         return (
-            f"{message}{self.limit.remedy}, {smaller}, or share the images out over more processes (data.source.shards)"
+            f"{self.path}: the system gives this process too little memory to decode and hold {self.held:,} images, "
+            "though they may fit into data.source.budget_gb; raise what it gives (see `ulimit -v` and "
+            f"vm.overcommit_memory), {self._otherwise()}"
         )
+
+    def _otherwise(self) -> str:
+        """What helps whatever the limit."""
+        folder = self.path.is_dir()
+        smaller = "lower data.source.max_side" if folder else "convert again with a smaller --max-side"
+        if self.ranks > 1:
+            return f"{smaller}, or share the images out over more processes (data.source.shards)"
+        if self.world_size > 1:
+            return f"{smaller}, or share the images out over the processes (data.source.shards={self.world_size})"
+        other = "ffcv" if self.path.suffix == ".beton" else "dali" if (self.path / INDEX).exists() else "folder"
+        files = "" if folder or other == "ffcv" else " and the images that the file was made from"
+        return f"{smaller}, or decode images as they are needed (data.source.name={other}{files})"
 
 
 def _limits(cfg: Config, device: torch.device) -> list[Limit]:
     """The budget and the memory that is free now: on the machine, for each of its ranks, and on the device."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    free = _free_memory() // ranks
+    free, where = free_memory()
+    free //= ranks
     each = f" for each of its {ranks} processes" if ranks > 1 else ""
     limits = [
         Limit(int(cfg.budget_gb * 10**9), f"data.source.budget_gb={cfg.budget_gb:g}", "raise the budget"),
-        Limit(free, f"the {_amount(free)} of memory that are free on this machine{each}", "free some memory"),
+        Limit(free, f"the {_amount(free)} of memory that are free {where}{each}", "free some memory"),
     ]
     if device.type == "cuda" and cfg.memory == "device":
         limits.append(_device_limit(device))
@@ -285,14 +364,6 @@ def _device_limit(device: torch.device) -> Limit:
 
 def _length(limit: Limit) -> int:
     return limit.bytes
-
-
-def _free_memory() -> int:
-    """Bytes that the machine can give without swapping."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError("/proc/meminfo has no MemAvailable")
 
 
 def _known_sizes(path: Path, source: Source, max_side: int | None) -> np.ndarray | None:

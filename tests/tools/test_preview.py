@@ -224,9 +224,7 @@ def test_another_data_set_is_told_from_another_copy(tiny_config: Path, tiny_data
         image = tmp_path / "other" / "a" / f"{number:02}.png"
         image.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (30, 16)).save(image)
-    with pytest.raises(
-        DataError, match="16 x 16 pixels high and wide in 1 here and 16 x 30 in 2 there"
-    ):
+    with pytest.raises(DataError, match="16 x 16 pixels high and wide in 1 here and 16 x 30 in 2 there"):
         compared(open_stream(tiny_config), open_folder(tmp_path / "other"), tmp_path / "c.png")
 
 
