@@ -24,7 +24,7 @@ def test_every_shipped_config_loads_and_its_saved_form_gives_the_same(path: Path
         ("data.source.trian=x", "data.source.trian: unknown key; did you mean 'train'?"),
         ("views.strong.0.sise=3", "views.strong.0.sise: unknown key; did you mean 'size'?"),
         ("method.name=wcl", "method.name: wcl is not one of ressl"),
-        ("data.source.name=dalii", "data.source.name: dalii is not one of ffcv, folder, resident"),
+        ("data.source.name=dalii", "data.source.name: dalii is not one of ffcv, folder, dali, resident, synthetic"),
         ("encoder.batchnorm.name=splt", "encoder.batchnorm.name: splt is not one of local, sync, split, shuffle"),
         ("encoder.batchnorm={name: split}", "encoder.batchnorm.groups: missing"),
         ("optim.epochs=ten", 'optim.epochs: expected a valid integer, got "ten"'),
