@@ -11,7 +11,7 @@ help:
 	@echo "make test         set up, then run all tests"
 	@echo "make check        set up, then lint, formatting, types, architecture"
 	@echo "make format       set up, then rewrite the code in the house's format"
-	@echo "make gpu          the tests that need a GPU, then the benchmark, with PYTHON ($(PYTHON)) as it is"
+	@echo "make gpu IMAGES=FOLDER   the tests that need a GPU, then the benchmarks, with PYTHON ($(PYTHON)) as it is"
 	@echo "make bench        time the parts of the quickstart's step, on its data, with PYTHON as it is"
 	@echo "make bench-loaders IMAGES=FOLDER   what our loaders cost beside others', on a folder of images or a .tar of one"
 	@echo "make setup        only the set-up: .venv with PYTHON, if given, or a Python 3.12 or 3.11 that is found"
@@ -41,6 +41,8 @@ gpu:
 		[ $$code -ne 5 ] || echo "make gpu: no test in tests/ is marked gpu, so nothing was run"; exit $$code; }
 	@if [ -d runs/quickstart/data ]; then $(MAKE) --no-print-directory bench; \
 		else echo "make gpu: no benchmark without the quickstart's data: make quickstart makes it"; fi
+	@if [ -n "$(IMAGES)" ]; then $(MAKE) --no-print-directory bench-loaders; \
+		else echo "make gpu: no benchmark of the loaders without images: make gpu IMAGES=FOLDER, or a .tar of one"; fi
 
 bench:
 	@$(PYTHON) -m tools.bench configs/quickstart.yaml --out runs/bench
