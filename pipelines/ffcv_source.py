@@ -38,6 +38,11 @@ class FfcvSource:
         report: Callable[[str], None],
         pin: bool = False,
     ) -> None:
+        try:
+            with _threads_kept():
+                import ffcv.libffcv  # noqa: F401
+        except ImportError:
+            raise DataError("data.source.name=ffcv needs FFCV; `launch.py doctor` says how to install it") from None
         self.beton: Beton = open_beton(path)
         self.labels, self.classes, self.index = self.beton.label, classes_of(path), self.beton.index
         self.workers, self.cache, self.pin = workers, cache, pin

@@ -2,6 +2,7 @@
 
 import io
 import os
+import sys
 import threading
 from pathlib import Path
 
@@ -53,6 +54,12 @@ def blocks(block: int, window: int, batch_size: int = 4) -> list[np.ndarray]:
 def pages(path: Path, order: list[np.ndarray]):
     with path.open("rb") as file:
         yield from _paged(open_beton(path), file, order)
+
+
+def test_a_machine_without_ffcv_is_told_what_to_do(paged, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ffcv.libffcv", None)
+    with pytest.raises(DataError, match="data.source.name=ffcv needs FFCV; `launch.py doctor` says how"):
+        open_source(paged)
 
 
 def test_it_decodes_with_as_many_threads_as_it_is_given(paged):
