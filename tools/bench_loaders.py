@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pipelines.free_memory import free_memory
 from ressl.batch import DataError
 from tools.bench_data import Prepared, converted, prepare
 from tools.bench_device import measure_device
@@ -69,12 +70,6 @@ def check_memory(arms: int, free_gb: float) -> None:
     if arms * ARM_GB > free_gb:
         need = f"{arms} arms need about {arms * ARM_GB:.0f} GB of memory"
         raise DataError(f"{need}, and {free_gb:.1f} GB are free: name fewer with --arms")
-
-
-def free_memory_gb() -> float:
-    """What the kernel could give without swapping."""
-    (line,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
-    return int(line.split()[1]) * 1024 / 1e9
 
 
 def shuffled(names: list[str], round_number: int) -> list[str]:
@@ -159,7 +154,7 @@ def bench(arguments: argparse.Namespace, console: Console) -> Record:
     arms, left_out = without_missing(choose(arguments.arms))
     if not arms:
         raise DataError(f"--arms: none of them can run: {'; '.join(f'{k}: {v}' for k, v in left_out.items())}")
-    check_memory(len(arms), free_memory_gb())
+    check_memory(len(arms), free_memory()[0] / 1e9)
     prepared = prepare(arguments.images, arguments.work, arguments.images_per_round)
     if prepared.images < arguments.batch:
         raise DataError(

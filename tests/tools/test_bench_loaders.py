@@ -173,7 +173,6 @@ def test_more_arms_than_memory_holds_are_refused() -> None:
     bench_loaders.check_memory(10, 8.0)
     with pytest.raises(DataError, match="10 arms need about 6 GB of memory, and 1.5 GB are free: name fewer"):
         bench_loaders.check_memory(10, 1.5)
-    assert 0 < bench_loaders.free_memory_gb() < 10_000
 
 
 # --- arms that fail --------------------------------------------------------------------------------------------------
