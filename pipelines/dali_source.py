@@ -20,9 +20,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.frames import Frames, host_buffer, stand_in
+from pipelines.frames import Frames, host_buffer, read_or_stand_in
 from pipelines.headers import plain_size, read_regular
-from pipelines.images import BadImage, FolderIndex, decode_image, fit_max_side, read_image, scan_folder
+from pipelines.images import (
+    BadImage,
+    FolderIndex,
+    decode_image,
+    fit_max_side,
+    fitted_sizes,
+    read_image,
+    scan_folder,
+)
 from pipelines.shards import INDEX, ShardFiles, point_to_shards, read_index
 from ressl.batch import DataError
 
@@ -166,22 +174,12 @@ class DaliSource:
 
     def _decode(self, position: int, salt: int) -> Decoded:
         """The image asked for, or the one that stands in for it, decoded on the host."""
-        problems: list[str] = []
-        for attempt in range(10):
-            chosen = position if attempt == 0 else stand_in(position, attempt - 1, salt, len(self.labels))
-            try:
-                image = self._image(chosen)
-            except BadImage as bad:
-                if self.on_corrupt == "fail":
-                    hint = "(data.on_corrupt=replace goes on without it)"
-                    raise DataError(f"{self._where(chosen)}: {bad} {hint}") from None
-                problems.append(f"{self._where(chosen)}: {bad}")
-                continue
-            for problem in problems:
-                self.report(f"{problem}; replaced by {self._where(chosen)}")
-            original = self._original(chosen, (image.shape[0], image.shape[1]))
-            return Decoded(chosen, fit_max_side(image, self.max_side), original)
-        raise DataError(f"{problems[0]}; and none of {len(problems) - 1} others tried in its place can be read")
+        chosen, image = read_or_stand_in(
+            position, self._image, self._where, salt=salt, count=len(self.labels), on_corrupt=self.on_corrupt,
+            report=self.report,
+        )  # fmt: skip
+        original = self._original(chosen, (image.shape[0], image.shape[1]))
+        return Decoded(chosen, fit_max_side(image, self.max_side), original)
 
     def _image(self, position: int) -> np.ndarray:
         match self.store:
@@ -285,10 +283,10 @@ class Decoder:
         try:
             self.pipeline.feed_input("encoded", [item.data for item in encoded])
             if self.max_side is not None:
-                target = [fitted(item.size, self.max_side) for item in encoded]
-                larger = [size != item.size for size, item in zip(target, encoded, strict=True)]
-                self.pipeline.feed_input("target", np.array(target, np.float32))
-                self.pipeline.feed_input("larger", np.array(larger))
+                size = np.array([item.size for item in encoded])
+                target = fitted_sizes(size, self.max_side)
+                self.pipeline.feed_input("target", target.astype(np.float32))
+                self.pipeline.feed_input("larger", (target != size).any(axis=1))
             self.pipeline.schedule_run()
         except RuntimeError as error:
             self.failed = error
@@ -383,15 +381,6 @@ def _build_pipeline(batch_size: int, device: torch.device, workers: int, resize:
     )
     pipeline.build()
     return pipeline
-
-
-def fitted(size: tuple[int, int], max_side: int) -> tuple[int, int]:
-    """Height and width after `pipelines.images.fit_max_side`."""
-    height, width = size
-    longer = max(height, width)
-    if longer <= max_side:
-        return size
-    return max(1, round(height * max_side / longer)), max(1, round(width * max_side / longer))
 
 
 def _reason(error: RuntimeError) -> str:

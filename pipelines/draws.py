@@ -111,11 +111,18 @@ def _crop_size(cfg: ViewConfig, original: Tensor, u: Tensor) -> tuple[Tensor, Te
 def uniforms(index: Tensor, *, seed: int, epoch: int, view: int, lanes: int, first: int = 0) -> Tensor:
     """(B, lanes) float32 in [0, 1), multiples of 2**-24: the lanes from `first` on. `index` (B,) int64 decides the row,
     not its place in B."""
-    key = _key(_key(_key(seed) + epoch) + view)
-    row = _mix64(_mix64(index) ^ _signed(key))  # (B,)
+    row = _mix64(_mix64(index) ^ view_key(seed, epoch, view))  # (B,)
     lane = torch.arange(first, first + lanes, device=index.device, dtype=torch.int64)
     bits = _mix64(row.unsqueeze(1) + lane * _signed(GOLDEN))
     return _shift_right(bits, 40).float() * 2.0**-24
+
+
+def view_key(*numbers: int) -> int:
+    """Of (seed, epoch, view), as int64, on the host: nothing has to be copied to the device."""
+    key = np.zeros(1, np.uint64)
+    for number in numbers:
+        key = mix64(key + np.uint64(number % 2**64))
+    return int(key.view(np.int64)[0])
 
 
 def _mix64(x: Tensor) -> Tensor:
@@ -124,11 +131,6 @@ def _mix64(x: Tensor) -> Tensor:
     x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
     return x ^ _shift_right(x, 31)
-
-
-def _key(value: int) -> int:
-    """The same function of one number, on the host: nothing has to be copied to the device."""
-    return int(mix64(np.array([value % 2**64], np.uint64))[0])
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

@@ -13,9 +13,8 @@ from typing import Literal
 
 import numpy as np
 
-from pipelines.frames import Frames, pack, stand_in
-from pipelines.images import BadImage, fit_max_side, read_image, scan_folder
-from ressl.batch import DataError
+from pipelines.frames import Frames, pack, read_or_stand_in
+from pipelines.images import fit_max_side, read_image, scan_folder
 
 
 class FolderSource:
@@ -56,19 +55,13 @@ class FolderSource:
 
     def _read(self, position: int, salt: int) -> tuple[int, np.ndarray, tuple[int, int]]:
         """Position, image and original size: of the position asked for, or of the one that stands in for it."""
-        problems = []
-        for attempt in range(10):
-            chosen = position if attempt == 0 else stand_in(position, attempt - 1, salt, len(self.paths))
-            path = self.root / self.paths[chosen]
-            try:
-                image = read_image(path)
-            except BadImage as bad:
-                if self.on_corrupt == "fail":
-                    raise DataError(f"{path}: {bad} (data.on_corrupt=replace goes on without it)") from None
-                problems.append(f"{path}: {bad}")
-                continue
-            for problem in problems:
-                self.report(f"{problem}; replaced by {path}")
-            height, width = image.shape[:2]
-            return chosen, image if self.max_side is None else fit_max_side(image, self.max_side), (height, width)
-        raise DataError(f"{problems[0]}; and none of {len(problems) - 1} others tried in its place can be read")
+        chosen, image = read_or_stand_in(
+            position,
+            lambda chosen: read_image(self.root / self.paths[chosen]),
+            lambda chosen: f"{self.root / self.paths[chosen]}",
+            salt=salt,
+            count=len(self.paths),
+            on_corrupt=self.on_corrupt,
+            report=self.report,
+        )
+        return chosen, fit_max_side(image, self.max_side), (image.shape[0], image.shape[1])

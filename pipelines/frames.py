@@ -5,13 +5,15 @@ One flat byte buffer, so that padded canvases, tight rows and a whole resident d
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pipelines.images import BadImage
 from pipelines.sampler import mix64
+from ressl.batch import DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,3 +113,34 @@ def stand_in(position: int, attempt: int, salt: int, count: int) -> int:
         return position
     key = np.array([position + attempt * count], np.uint64) ^ mix64(np.array([salt], np.uint64))
     return (position + 1 + int(mix64(key)[0] % np.uint64(count - 1))) % count
+
+
+def read_or_stand_in(
+    position: int,
+    read: Callable[[int], np.ndarray],
+    where: Callable[[int], str],
+    *,
+    salt: int,
+    count: int,
+    on_corrupt: Literal["replace", "fail"],
+    report: Callable[[str], None],
+) -> tuple[int, np.ndarray]:
+    """The image at `position`, or at the first of nine others that can be read; and its position.
+
+    `read` gives an image (H, W, 3) or raises BadImage, `where` its name. Raises DataError where `on_corrupt` says so,
+    and where none can be read.
+    """
+    problems: list[str] = []
+    for attempt in range(10):
+        chosen = position if attempt == 0 else stand_in(position, attempt - 1, salt, count)
+        try:
+            image = read(chosen)
+        except BadImage as bad:
+            if on_corrupt == "fail":
+                raise DataError(f"{where(chosen)}: {bad} (data.on_corrupt=replace goes on without it)") from None
+            problems.append(f"{where(chosen)}: {bad}")
+            continue
+        for problem in problems:
+            report(f"{problem}; replaced by {where(chosen)}")
+        return chosen, image
+    raise DataError(f"{problems[0]}; and none of {len(problems) - 1} others tried in its place can be read")

@@ -22,6 +22,7 @@ from torch import Tensor
 from pipelines.beton import open_beton
 from pipelines.frames import Frames, Source, host_buffer
 from pipelines.free_memory import free_memory
+from pipelines.images import fitted_sizes
 from pipelines.prefetch import prefetch
 from pipelines.sampler import shard
 from pipelines.shards import INDEX, read_index
@@ -375,10 +376,7 @@ def _known_sizes(path: Path, source: Source, max_side: int | None) -> np.ndarray
     if not (path / INDEX).exists():
         return None
     size = read_index(path).size
-    longer = size.max(axis=1, keepdims=True)
-    if max_side is None:
-        return size
-    return np.where(longer > max_side, np.rint(size * max_side / longer).clip(min=1), size).astype(np.int32)
+    return size if max_side is None else fitted_sizes(size, max_side)
 
 
 def _image_bytes(size: np.ndarray, pixels: str) -> np.ndarray:

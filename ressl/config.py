@@ -37,14 +37,14 @@ class Section(BaseModel):
 
 
 class FfcvSource(Section):
-    """`.beton` files, decoded once by FFCV's threads."""
+    """`.beton` files, decoded once, by FFCV's decoder in threads."""
 
     name: Literal["ffcv"]
     train: UserPath
     val: UserPath | None = None
     workers: Workers = 0
     cache: Literal["os", "process"] = "os"
-    """os: the file is mapped, and the system keeps what fits into memory. process: FFCV's threads read the pages that
+    """os: the file is mapped, and the system keeps what fits into memory. process: threads read the pages that
     the next batches need and forget them after; for files larger than memory, with `shuffle: blocks`."""
 
 

@@ -9,7 +9,7 @@ import resource
 import signal
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -20,8 +20,9 @@ from typing import Literal
 import torch
 
 from pipelines import build_source, build_stream
+from pipelines.frames import Frames
 from pipelines.loader import ViewStream
-from ressl.batch import DataError
+from ressl.batch import Batch, DataError
 from ressl.config import Config, DaliSource, FfcvSource, FolderSource, ResidentSource, Source
 from ressl.config_file import load_config
 from tools.baselines import Pass, dali_cpu, ffcv_per_view, torchvision_pil
@@ -127,11 +128,13 @@ def build(arm: Arm, path: Path, job: Job) -> Pass:
         case "dali":
             return dali_cpu(path, views, mean=mean, std=std, batch=batch, workers=workers, images=job.images)
         case "frames":
-            return _frames(open_stream(cfg, device), device)
-        case "views":
-            return _views(open_stream(cfg, device), device)
+            return _counted(open_stream(cfg, device).frames, device)
+        case "views":  # its epoch is one batch
+            stream = open_stream(cfg, device)
+            held = next(stream.frames(0))
+            return _counted(lambda epoch: [stream.cut(held, epoch)], device)
         case "whole":
-            return _whole(open_stream(cfg, device), device)
+            return _counted(open_stream(cfg, device).epoch, device)
 
 
 def recipe(source: Source, *, views: int, batch: int, impl: Literal["auto", "torch", "triton"] = "auto") -> Config:
@@ -169,30 +172,11 @@ def view_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def _frames(stream: ViewStream, device: torch.device) -> Pass:
-    def run(epoch: int) -> int:
-        images = sum(len(frames.index) for frames in stream.frames(epoch))
-        wait(device)
-        return images
-
-    return run
-
-
-def _views(stream: ViewStream, device: torch.device) -> Pass:
-    """Its epoch is one batch."""
-    held = next(stream.frames(0))
+def _counted(batches: Callable[[int], Iterable[Frames | Batch]], device: torch.device) -> Pass:
+    """Passes all that an epoch has, and counts its images."""
 
     def run(epoch: int) -> int:
-        images = len(stream.cut(held, epoch).index)
-        wait(device)
-        return images
-
-    return run
-
-
-def _whole(stream: ViewStream, device: torch.device) -> Pass:
-    def run(epoch: int) -> int:
-        images = sum(len(batch.index) for batch in stream.epoch(epoch))
+        images = sum(len(batch.index) for batch in batches(epoch))
         wait(device)
         return images
 

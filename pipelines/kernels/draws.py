@@ -10,15 +10,13 @@ may then fit into the image here and not there, about one in ten million.
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pipelines.draws import CROP_TRIES, LANES, ViewParams, draw_randaugment
+from pipelines.draws import CROP_TRIES, LANES, ViewParams, draw_randaugment, view_key
 from pipelines.draws import GOLDEN as GOLDEN_UNSIGNED
-from pipelines.sampler import mix64
 from ressl.config import ViewConfig
 
 BLOCK = 128  # images of a program
@@ -55,7 +53,7 @@ def _draw_view(cfg: ViewConfig, original: Tensor, index: Tensor, *, seed: int, e
     factors = tuple(number for x in cfg.jitter[:3] for number in _span(max(0.0, 1 - x), 1 + x))
     chances = (cfg.flip_prob, cfg.jitter_prob, cfg.grayscale_prob, cfg.blur_prob, cfg.solarize_prob)
     _draw_kernel[(triton.cdiv(count, BLOCK),)](
-        *(original, index, box, flip, jitter, order, grayscale, sigma, solarize, count, _key(seed, epoch, view)),
+        *(original, index, box, flip, jitter, order, grayscale, sigma, solarize, count, view_key(seed, epoch, view)),
         *(_span(*cfg.crop_scale), ratio, chances, factors),
         *(_span(-cfg.jitter[3], cfg.jitter[3]), _span(*cfg.blur_sigma)),
         SIZE=BLOCK, num_warps=4, num_stages=1, enable_fp_fusion=False,
@@ -66,14 +64,6 @@ def _draw_view(cfg: ViewConfig, original: Tensor, index: Tensor, *, seed: int, e
 def _span(low: float, high: float) -> tuple[float, float]:
     """Taken on the host, in double precision, as the definition does."""
     return float(low), float(high - low)
-
-
-def _key(*numbers: int) -> int:
-    """Of (seed, epoch, view), as int64."""
-    key = np.zeros(1, np.uint64)
-    for number in numbers:
-        key = mix64(key + np.uint64(number % 2**64))
-    return int(key.view(np.int64)[0])
 
 
 @triton.jit(do_not_specialize=["count", "key"])

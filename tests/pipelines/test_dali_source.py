@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from pipelines.dali_source import DaliSource, fitted
+from pipelines.dali_source import DaliSource
 from pipelines.folder_source import FolderSource
-from pipelines.images import fit_max_side
+from pipelines.images import fit_max_side, fitted_sizes
 from tools.convert import convert
 
 pytest.importorskip("nvidia.dali")
@@ -143,7 +143,9 @@ def test_the_size_after_shrinking_is_rounded_as_in_the_folder_source():
     rng = np.random.default_rng(0)
     for height, width in [(1, 1), (1, 900), (900, 1), (64, 64), (65, 64), *rng.integers(1, 300, (300, 2)).tolist()]:
         image = np.zeros((height, width, 3), np.uint8)
-        assert fitted((height, width), 64) == fit_max_side(image, 64).shape[:2]
+        longer = max(height, width)
+        rounded = tuple(max(1, round(side * 64 / longer)) if longer > 64 else side for side in (height, width))
+        assert tuple(fitted_sizes(np.array([(height, width)]), 64)[0]) == rounded == fit_max_side(image, 64).shape[:2]
 
 
 TURNED = Image.Exif()

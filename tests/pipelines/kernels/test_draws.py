@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pipelines.draws import LANES, ViewParams, draw_view, uniforms
-from pipelines.kernels.draws import _key, _mix64, _uniform, draw_views
+from pipelines.draws import LANES, ViewParams, draw_view, uniforms, view_key
+from pipelines.kernels.draws import _mix64, _uniform, draw_views
 from ressl.config import ViewConfig
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -48,7 +48,7 @@ def _store_uniform(index, key, out, LANES: tl.constexpr, SIZE: tl.constexpr):  #
 def test_the_bits_of_all_lanes_are_those_of_the_definition(key):
     index = torch.tensor([0, 1, 42, 1_281_166, 2**31, 2**40 + 7, 2**62, 2**63 - 1])
     out = torch.empty(8, LANES, device=DEVICE)
-    _store_uniform[(1,)](index.to(DEVICE), _key(*key), out, LANES=LANES, SIZE=8)
+    _store_uniform[(1,)](index.to(DEVICE), view_key(*key), out, LANES=LANES, SIZE=8)
     seed, epoch, view = key
     assert torch.equal(out.cpu(), uniforms(index, seed=seed, epoch=epoch, view=view, lanes=LANES))
 
