@@ -27,7 +27,6 @@ from typing import Annotated, Literal
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from pipelines import build_loaders, check_data
 from pipelines.loader import ViewStream, fused
@@ -46,14 +45,18 @@ from ressl.recorder import NonFiniteLoss, Recorder
 from ressl.run_dir import RunDirError, check_run_dir, checkpoint_path, config_path, keep_metrics_until, make_run_dir
 from ressl.runtime import MachineError, Runtime, launched, preferred_device
 from ressl.trainer import train
-from tools.convert import DiskFull, Format
+from tools.convert import DiskFull
 from tools.convert import convert as convert_data
+from tools.crew import WorkerDied
 from tools.decoding import shown_decoding
 from tools.doctor import run_doctor
+from tools.encode import Check, Format, Mode
+from tools.evaluation import record_evaluation
 from tools.plan import make_plan, print_plan, remarks
 from tools.preview import draw_views
 from tools.processes import ProcessesFailed, another_failed, end_with_launcher, first_to_fail, run_processes
 from tools.quickstart import quickstart as run_quickstart
+from tools.verify import verify as verify_data
 
 HELP = """Relational self-supervised learning: prepare images, pretrain an encoder, evaluate it.
 
@@ -203,28 +206,52 @@ def quickstart(
 
 @app.command()
 def convert(
-    src: Annotated[str, typer.Argument(help="image folder, IDX directory, or torchvision:NAME[:ROOT]")],
+    src: Annotated[str, typer.Argument(help="a folder, archive or directory of archives, or torchvision:NAME[:ROOT]")],
     dst: Annotated[Path, typer.Argument(help="directory for the result")],
     to: Annotated[Format, typer.Option(help="ffcv: .beton files; tensor: one file; webdataset: shards of image files")],
-    mode: Annotated[Literal["auto", "jpg", "raw"], typer.Option(help="ffcv: how images are stored")] = "auto",
+    mode: Annotated[Mode, typer.Option(help="ffcv: how images are stored; original: JPEG files as they are")] = "auto",
+    jpg_share: Annotated[float, typer.Option(help="smart: share of images stored as JPEG, the rest raw")] = 0.5,
     quality: Annotated[int, typer.Option(help="JPEG quality, 1 to 100, of what is encoded anew")] = 90,
     max_side: Annotated[int | None, typer.Option(help="shrink larger images to this longer side, pixels")] = None,
+    exif_rotate: Annotated[bool, typer.Option("--exif-rotate", help="turn images as their EXIF data says")] = False,
+    check: Annotated[Check, typer.Option(help="of files stored as they are: decode all, or read headers")] = "decode",
+    shard_mb: Annotated[int, typer.Option(help="webdataset: size of a shard, MB")] = 1000,
+    labels: Annotated[Path | None, typer.Option(help="a list of `path label`, or CSV, instead of folders")] = None,
     split: Annotated[str | None, typer.Option(help="take only this split, or name the only one")] = None,
     max_skipped: Annotated[float, typer.Option(help="share of unreadable images above which it fails")] = 0.01,
     shuffle: Annotated[bool, typer.Option("--shuffle", help="mix the classes, for data.shuffle: blocks")] = False,
-    workers: Annotated[int, typer.Option(help="threads; 0: all cores", min=0)] = 0,
+    workers: Annotated[int, typer.Option(help="processes; 0: one for each core", min=0)] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace files that exist")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="discard what an interrupted conversion left")] = False,
 ) -> None:
     """Turns images into the files that the sources `ffcv`, `resident` (tensor) and `dali` (webdataset) read.
 
-    Every image is decoded and checked. What cannot be read is named, counted, left out and listed in manifest.json.
+    Tells the size, time and loss of quality to expect before it begins. Whatever interrupts it, the same command goes
+    on where it was. What cannot be read is named, counted, left out and listed in manifest.json.
     """
     if not src.strip():
         raise ConfigError("convert: SRC is empty")
     convert_data(
-        src, dst, to, mode=mode, quality=quality, max_side=max_side, split=split, max_skipped=max_skipped,
-        shuffle=shuffle, workers=workers, overwrite=overwrite, console=Console(),
+        src, dst, to, mode=mode, jpg_share=jpg_share, quality=quality, max_side=max_side, exif_rotate=exif_rotate,
+        check=check, shard_mb=shard_mb, labels=labels, split=split, max_skipped=max_skipped, shuffle=shuffle,
+        workers=workers, overwrite=overwrite, restart=restart, console=Console(),
     )  # fmt: skip
+
+
+@app.command()
+def verify(
+    data: Annotated[Path, typer.Argument(help="a directory made by convert, or one file or directory in it")],
+    deep: Annotated[bool, typer.Option("--deep", help="decode every image, and compare all with the source")] = False,
+    source: Annotated[str | None, typer.Option(help="where the source is now, if it was moved")] = None,
+    labels: Annotated[Path | None, typer.Option(help="where the list of labels is now")] = None,
+    workers: Annotated[int, typer.Option(help="threads; 0: one for each core", min=0)] = 0,
+) -> None:
+    """Proves that converted data is whole: structure, counts, the checksum of every image.
+
+    Exits with 2 where anything is wrong, and names it.
+    """
+    whole = verify_data(data, deep=deep, source=source, labels=labels, workers=workers, console=plain_console())
+    raise typer.Exit(0 if whole else 2)
 
 
 @app.command()
@@ -313,16 +340,7 @@ def evaluate(
     console, started = plain_console(), time.perf_counter()
     found = evaluate_run(cfg, console, network=network, knn=knn, linear=linear, untrained=untrained)
     name = "untrained" if untrained else network
-    record = {"network": name, **found, "seconds": round(time.perf_counter() - started, 1)}
-    table = Table()
-    for column in ("evaluation", "top-1"):
-        table.add_column(column)
-    for key, value in found.items():
-        table.add_row({"linear_best": "linear, best epoch on the test images"}.get(key, key), f"{100 * value:.2f} %")
-    console.print(f"{run_dir}, {name}", soft_wrap=True)
-    console.print(table)
-    with (run_dir / "evaluations.jsonl").open("a") as file:
-        file.write(json.dumps({**record, "evaluate": cfg.evaluate.model_dump(mode="json")}) + "\n")
+    record_evaluation(run_dir, name, found, cfg.evaluate, time.perf_counter() - started, console)
 
 
 @app.command()
@@ -353,7 +371,7 @@ def main() -> int:
         return _fail(error, 2)
     except checkpoint.CheckpointError as error:
         return _fail(error, 3)
-    except (MachineError, DiskFull, checkpoint.SaveError) as error:
+    except (MachineError, DiskFull, WorkerDied, checkpoint.SaveError) as error:
         return _fail(error, 4)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EMFILE)

@@ -8,7 +8,7 @@ from typing import Any
 from ressl.batch import DataError
 
 NAME = "manifest.json"
-FORMAT = "ressl-manifest-1"
+FORMAT = "ressl-manifest-2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,10 +17,12 @@ class SplitRecord:
     count: int  # images in the file
     classes: tuple[str, ...]  # label i is classes[i]
     skipped: tuple[dict[str, Any], ...]  # images left out: {"index": int, "name": str, "reason": str}
-    bytes: int  # of the file
-    sha256: str  # of the file, hexadecimal
+    changes: dict[str, int]  # what was done to odd images, by the rule -> how many; see tools/encode.py
+    bytes: int  # of the file, or of all files of the directory
+    index: str  # file with the checksum and the name of each image, relative to the manifest; see tools/index_file.py
+    index_sha256: str  # of that file, hexadecimal
     options: dict[str, Any]
-    source: str
+    source: dict[str, Any]  # "description", and what `verify` needs to find it again: "place", "labels", "split"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ def classes_of(path: Path) -> tuple[str, ...]:
 
 def _record(raw: dict[str, Any]) -> SplitRecord:
     record = SplitRecord(**{**raw, "classes": tuple(raw["classes"]), "skipped": tuple(raw["skipped"])})
-    for value, kind in ((record.file, str), (record.count, int), (record.sha256, str)):
+    for value, kind in ((record.file, str), (record.count, int), (record.index, str), (record.index_sha256, str)):
         if not isinstance(value, kind):
             raise TypeError
     return record

@@ -21,7 +21,7 @@ from pipelines.manifest import classes_of
 from ressl.batch import DataError
 
 INDEX = "index.npz"
-FORMAT = b"ressl-shards-1"
+FORMAT = b"ressl-shards-2"
 BLOCK = 512  # bytes; of a tar file, where everything starts at a multiple of it
 MAX_OPEN = 256  # shards that stay open; a process may have 1,024 files on most systems
 AGAIN = "convert or copy the directory again"
@@ -33,12 +33,12 @@ Stamp = tuple[int, int, int, int]  # tells one file from another in its place: d
 SHARD_ARRAYS: dict[str, tuple[str, tuple[int, ...]]] = {
     "shards": ("S", ()),  # file names
     "shard_bytes": ("i8", ()),  # of each file
-    "shard_sha256": ("S64", ()),  # of each file, hexadecimal
 }
 IMAGE_ARRAYS: dict[str, tuple[str, tuple[int, ...]]] = {
     "shard": ("i4", ()),
     "offset": ("i8", ()),
     "length": ("i8", ()),
+    "crc32": ("u4", ()),
     "size": ("i4", (2,)),
     "original": ("i4", (2,)),
     "label": ("i8", ()),
@@ -57,6 +57,7 @@ class ShardIndex:
     shard: np.ndarray  # (N,) int32, which shard holds the image
     offset: np.ndarray  # (N,) int64, its first byte in the shard
     length: np.ndarray  # (N,) int64, bytes of the image file
+    crc32: np.ndarray  # (N,) uint32, of those bytes, as zlib defines it; compared by `verify` only
     size: np.ndarray  # (N, 2) int32, height and width as stored
     original: np.ndarray  # (N, 2) int32, height and width before any resizing
     label: np.ndarray  # (N,) int64, -1 where unknown

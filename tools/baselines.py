@@ -1,7 +1,9 @@
 """How others feed two or more views of an image to a trainer: what `tools/bench_loaders.py` compares our sources with.
+And how FFCV writes its files, for `tools/bench_convert.py`.
 
-Each is written the way its library's documentation shows it and gives a `Pass`. All take the laws of the views from the
-same `ViewConfig`s as ours. The libraries are imported where they are used: each takes seconds, and no arm needs two.
+Each is written the way its library's documentation shows it; a loader gives a `Pass`. All loaders take the laws of the
+views from the same `ViewConfig`s as ours. The libraries are imported where they are used: each takes seconds, and no
+arm needs two.
 """
 
 from collections.abc import Callable, Sequence
@@ -119,6 +121,36 @@ def ffcv_per_view(beton: Path, views: Sequence[ViewConfig], *, batch: int, worke
         pipelines=pipelines,
     )
     return lambda epoch: sum(len(batch[0]) for batch in loader)
+
+
+class PilFiles:
+    """Item i: file i as a Pillow image of mode RGB, and its label."""
+
+    def __init__(self, files: Sequence[str], labels: Sequence[int]) -> None:
+        self.files, self.labels = files, labels
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        with Image.open(self.files[i]) as image:
+            return image.convert("RGB"), self.labels[i]
+
+
+def ffcv_write(root: Path, out: Path, *, max_side: int, quality: int, workers: int) -> None:
+    """The way of FFCV's documentation: its own writer makes `out` of the images under `root`, all of them as JPEG.
+
+    It waits for ever for a worker that met a bad image, so there should be none. Its chunks are of 100 images; here
+    they are smaller where the images are few, so that no worker has to wait long for the last one.
+    """
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    folder = scan_folder(root)
+    files = PilFiles(folder_files(root), folder.labels.tolist())
+    image = RGBImageField(write_mode="jpg", max_resolution=max_side, jpeg_quality=quality)
+    writer = DatasetWriter(str(out), {"image": image, "label": IntField()}, num_workers=workers)
+    writer.from_indexed_dataset(files, chunksize=min(100, max(1, len(files) // (16 * workers))))
 
 
 # --- DALI ------------------------------------------------------------------------------------------------------------

@@ -1,73 +1,48 @@
 """Turns images into the files that training reads: `.beton` for FFCV, one tensor file that fits on the device, or
-WebDataset shards of the original files for DALI."""
+WebDataset shards of the original files for DALI. What is interrupted goes on where it was."""
 
 import errno
 import hashlib
-import io
 import os
-import re
-import shutil
+import shlex
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, closing, suppress
-from dataclasses import asdict, dataclass
-from functools import partial
+from contextlib import closing
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, Literal, cast
+from typing import Any
 
 import numpy as np
-from PIL import Image
+import PIL
+import torch
+from PIL import features
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from pipelines.beton import JPG, RAW, open_beton
-from pipelines.headers import read_regular
-from pipelines.images import BadImage, decode_image, fit_max_side
 from pipelines.manifest import NAME, Manifest, SplitRecord, manifest_text, read_manifest
-from pipelines.sampler import permutation
-from pipelines.shards import INDEX, read_index
-from pipelines.tensor_file import read_tensor_file
+from pipelines.shards import INDEX
 from ressl.batch import DataError
-from tools.beton_writer import EncodedSample, write_beton_to
+from tools.conversion import SplitWork, finish, go_back, open_split, write_all
+from tools.convert_report import conclude, introduce, name_some, shown
+from tools.convert_request import (
+    SUFFIX,
+    Request,
+    check_destination,
+    check_place,
+    check_request,
+    choose_splits,
+    expand,
+)
+from tools.crew import Crew, Measure, Measured
+from tools.encode import Check, Format, Mode, Options, changes_of, printable
+from tools.estimate import Estimate, Sample, estimate, fits, free_bytes, show_estimates, size_text, spread
 from tools.image_sets import ImageSet, detect
-from tools.output import part_directory, part_file, publish
-from tools.shard_writer import Member, write_shards
-from tools.tensor_writer import write_tensors_to
+from tools.journal import Past, WorkDirectory
 
-Format = Literal["ffcv", "tensor", "webdataset"]
-SUFFIX = {"ffcv": ".beton", "tensor": ".safetensors", "webdataset": ""}  # webdataset: a directory
-IMAGE_SUFFIX = {b"\xff\xd8": ".jpg", b"\x89P": ".png", b"RI": ".webp", b"BM": ".bmp", b"II": ".tif", b"MM": ".tif"}
-RAW_PIXELS = 64 * 64  # `auto` keeps images of up to this many pixels raw
-MAX_SIDE = 65500  # pixels; libjpeg's limit, and just under that of .beton
-NAMED = 10  # bad images that are printed; all are in the manifest
+AT_ONCE = 8  # images that a worker tries for the estimate before it tells
 
 
 class DiskFull(RuntimeError):
-    """No space for the output, of which nothing is left. The message names the place and what is free there."""
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What decides the bytes of the output."""
-
-    to: Format
-    mode: Literal["jpg", "raw", "auto"]
-    quality: int
-    max_side: int | None
-    max_skipped: float
-    shuffle: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Skipped:
-    index: int
-    name: str
-    reason: str
-
-
-Encoded = EncodedSample | Member | Skipped  # what becomes of an image
+    """No space for the output. The message names the place and what is free there."""
 
 
 def convert(
@@ -75,49 +50,50 @@ def convert(
     dst: Path,
     to: Format,
     *,
-    mode: Literal["jpg", "raw", "auto"] = "auto",
+    mode: Mode = "auto",
+    jpg_share: float = 0.5,
     quality: int = 90,
     max_side: int | None = None,
+    exif_rotate: bool = False,
+    check: Check = "decode",
+    shard_mb: int = 1000,
+    labels: Path | None = None,
     split: str | None = None,
     max_skipped: float = 0.01,
     shuffle: bool = False,
     workers: int = 0,
     overwrite: bool = False,
+    restart: bool = False,
     console: Console | None = None,
 ) -> Manifest:
     """Writes DST/<split>.beton, DST/<split>.safetensors or DST/<split>/ for each split of `src`, and DST/manifest.json.
 
-    `src` is a folder of images, of IDX files, or `torchvision:NAME[:ROOT]`. `split` picks one of several splits, or
-    names the output of a source that has none (default: train). `max_side` in pixels; `max_skipped` is the share of a
-    split's images that may be unreadable. `shuffle` writes them in an order that mixes the classes, always the same
-    one. An image's index is its place in the source's sorted list, bad ones counted, wherever it is written. All files
-    get their names together when all are whole; on any error or Ctrl-C before that no new one is left, and older ones
-    are as they were. Where one is a link, the data goes where it points. Raises DataError and DiskFull.
+    `src` is whatever `tools.image_sets.detect` understands; `labels` a list of labels for its images. `split` picks one
+    of several splits, or names the output of a source that has none (default: train). `max_side` in pixels;
+    `max_skipped` is the share of a split's images that may be unreadable. `shuffle` writes them in an order that mixes
+    the classes, always the same one. An image's index is its place in the source's list, bad ones counted, wherever it
+    is written.
+
+    Until all is whole it works in DST/convert.part; then all files get their names together. However it is interrupted,
+    the same call goes on where it was and leaves the same bytes; another call is refused unless `restart` discards what
+    is there. Raises DataError, DiskFull, and WorkerDied.
     """
-    dst, folder = Path(dst).expanduser(), Path(src).expanduser()
-    options = _check_options(Options(to, mode, quality, max_side, max_skipped, shuffle))
+    options = Options(to, mode, jpg_share, quality, max_side, exif_rotate, check, shuffle, shard_mb)
+    place = Path(os.path.realpath(expand(dst)))
+    count = workers or len(os.sched_getaffinity(0))
+    request = Request(src, place, labels, options, max_skipped, count, overwrite, restart)
     console = console or Console(stderr=True)
-    origin = detect(src)
-    if folder.is_dir() and _where(folder) in _where(dst).parents:
-        raise DataError(f"{dst} lies inside {src} and would be taken for a class of images: choose another place")
-    sets = _choose_splits(src, origin.sets, split)
-    console.print(f"source: {_printable(origin.description)}", markup=False, highlight=False, soft_wrap=True)
-    before, left = _check_destination(dst, {name: name + SUFFIX[to] for name in sets}, to, overwrite)
-    made = not dst.exists()
+    check_request(request)
+    origin = detect(src, labels)
+    chosen = choose_splits(src, origin.sets, split)
+    console.print(f"source: {printable(origin.description)}", markup=False, highlight=False, soft_wrap=True)
+    check_place(place)
+    sets = {name: load() for name, (_, load) in chosen.items()}
+    sources = {name: _source_of(request, origin.description, theirs) for name, (theirs, _) in chosen.items()}
     try:
-        manifest = _write_all(dst, sets, _printable(origin.description), before, options, workers, console)
-    except BaseException as error:
-        if made:
-            with suppress(OSError):
-                _where(dst).rmdir()
-        raise _output_error(dst, error) if isinstance(error, OSError) else error from None
-    records = [manifest.splits[name] for name in sets]
-    size = f"{sum(record.bytes for record in records) / 1e6:,.1f} MB"
-    console.print(f"wrote {', '.join(r.file for r in records)}, {size}, in {dst}", markup=False, soft_wrap=True)
-    for name in left:
-        line = f"{name} stays in {dst}, but {NAME} lists it no more; remove it if nothing reads it"
-        console.print(_printable(line), markup=False, soft_wrap=True)
-    return manifest
+        return _convert(request, sets, sources, console)
+    except OSError as error:
+        raise _output_error(place, error) from None
 
 
 def overlap(one: Path, other: Path) -> bool:
@@ -126,261 +102,215 @@ def overlap(one: Path, other: Path) -> bool:
     return a == b or a in b.parents or b in a.parents
 
 
-def _write_all(
-    dst: Path,
-    sets: dict[str, Callable[[], ImageSet]],
-    source: str,
-    before: Manifest,
-    options: Options,
-    workers: int,
+# --- the conversion --------------------------------------------------------------------------------------------------
+
+
+def _convert(
+    request: Request, sets: dict[str, ImageSet], sources: dict[str, dict[str, Any]], console: Console
+) -> Manifest:
+    header = _header(request.options, sets)
+    with closing(WorkDirectory(request.dst)) as work:
+        past = work.read()
+        if past.sealed is None:
+            return _write(work, past, header, request, sets, sources, console)
+        work.publish(past.sealed)  # it was killed while files got their names
+    console.print(f"finished what was interrupted in {request.dst}", markup=False, soft_wrap=True)
+    if past.header == header:
+        return read_manifest(request.dst) or Manifest()
+    with closing(WorkDirectory(request.dst)) as work:
+        return _write(work, Past(), header, request, sets, sources, console)
+
+
+def _write(
+    work: WorkDirectory,
+    past: Past,
+    header: dict[str, Any],
+    request: Request,
+    sets: dict[str, ImageSet],
+    sources: dict[str, dict[str, Any]],
     console: Console,
 ) -> Manifest:
+    """Goes on after the past, or begins, up to whole files under their names."""
+    options = request.options
     try:
-        _where(dst).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{dst}: the directory cannot be made: {error.strerror}; choose another place") from None
-    records = dict(before.splits)
-    names = {split: split + SUFFIX[options.to] for split in sets}
-    with ExitStack() as stack:
-        manifest_file = stack.enter_context(part_file(_where(dst / NAME)))
-        outputs = {split: stack.enter_context(_part_of(dst / name, options.to)) for split, name in names.items()}
-        for split, file in outputs.items():
-            images = sets[split]()
-            classes = tuple(map(_printable, images.classes))
-            skipped = _write_split(file, images, split, classes, options, workers, console)
-            size, digest = _measure(file)
-            records[split] = SplitRecord(
-                file=names[split],
-                count=len(images.labels) - len(skipped),
-                classes=classes,
-                skipped=tuple(asdict(one) for one in skipped),
-                bytes=size,
-                sha256=digest,
-                options=asdict(options),
-                source=source,
+        others, left = check_destination(request, list(sets))
+        if request.restart or not past.chunks:
+            work.clear()
+            work.begin(header)
+            past = Past()
+        elif differences := _differences(past.header or {}, header):
+            raise DataError(
+                f"{work.path} holds an interrupted conversion of something else: {'; '.join(differences)}; repeat that "
+                "command to go on with it, or use --restart to discard it"
             )
-        manifest_file.write(manifest_text(Manifest(records)).encode("ascii"))
-        publish(list(outputs.values()), manifest_file)
-    return Manifest(records)
+    except BaseException:
+        if not past.chunks:
+            work.discard()
+        raise
+    splits = [open_split(name, one, work.path / (name + SUFFIX[options.to]), options) for name, one in sets.items()]
+    for split in splits:
+        go_back(split, past.chunks.get(split.name, []))
+        introduce(split, console)
+    try:
+        before, begin = sum(split.done for split in splits), time.monotonic()
+        with Crew(sets, options, request.workers) as crew:
+            _foresee(splits, crew, request, console)
+            with shown(splits, request.max_skipped, console) as telling:
+                begin = time.monotonic()
+                write_all(splits, crew, work, telling)
+        finished = {split.name: _finish(split, options, sources[split.name]) for split in splits}
+        records = {name: record for name, (record, _) in finished.items()}
+        manifest = Manifest(others | records)
+        (work.path / NAME).write_text(manifest_text(manifest), encoding="ascii")
+        work.publish(work.seal([*(path.name for _, files in finished.values() for path in files), NAME]))
+    except BaseException:
+        _leave(work, console)
+        raise
+    conclude(records, sum(split.done for split in splits) - before, time.monotonic() - begin, console)
+    for name in left:
+        line = f"{name} stays in {request.dst}, but {NAME} lists it no more; remove it if nothing reads it"
+        console.print(printable(line), markup=False, soft_wrap=True)
+    line = f"wrote {request.dst}; prove it whole with: python launch.py verify {shlex.quote(str(request.dst))}"
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return manifest
 
 
-def _part_of(path: Path, to: Format) -> AbstractContextManager[BinaryIO | Path]:
-    return part_directory(_where(path)) if to == "webdataset" else part_file(_where(path))
+def _leave(work: WorkDirectory, console: Console) -> None:
+    """Says what is kept of a conversion that was interrupted; where that is nothing, nothing is left."""
+    past = work.read()
+    kept = sum(len(chunk.rows) for chunks in past.chunks.values() for chunk in chunks)
+    if kept:
+        line = f"{kept:,} images are kept in {work.path}; the same command goes on after them"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    elif past.sealed is None:
+        work.discard()
 
 
-def _where(path: Path) -> Path:
-    """Where a link points, so that the data is replaced and not the link; unlike resolve(), without loops as errors."""
-    return Path(os.path.realpath(path))
+def _source_of(request: Request, description: str, theirs: str) -> dict[str, Any]:
+    """What the manifest says of where the images came from."""
+    found = None if request.src.startswith("torchvision:") else expand(Path(request.src)).absolute()
+    return {
+        "description": printable(description),
+        "place": printable(str(found or request.src)),
+        "labels": None if request.labels is None else printable(str(expand(request.labels).absolute())),
+        "split": theirs,
+    }
 
 
-def _check_options(options: Options) -> Options:
-    if options.to not in SUFFIX:
-        raise DataError(f"--to {options.to}: not one of {', '.join(SUFFIX)}")
-    if options.mode not in ("jpg", "raw", "auto"):
-        raise DataError(f"--mode {options.mode}: not one of jpg, raw, auto")
-    if not 1 <= options.quality <= 100:
-        raise DataError(f"--quality {options.quality}: expected a JPEG quality from 1 to 100")
-    if options.max_side is not None and options.max_side < 8:
-        raise DataError(f"--max-side {options.max_side}: expected at least 8 pixels")
-    if not 0 <= options.max_skipped <= 1:
-        raise DataError(f"--max-skipped {options.max_skipped}: expected a share from 0 to 1")
-    return options
+def _header(options: Options, sets: dict[str, ImageSet]) -> dict[str, Any]:
+    """What has to be the same for a conversion to go on, and to give the same bytes."""
+    software = {
+        "Pillow": PIL.__version__,
+        "its JPEG library": features.version("libjpeg_turbo") or "",
+        "torch": torch.__version__,
+        "torch's instruction set": torch.backends.cpu.get_cpu_capability(),
+    }
+    splits = {
+        name: {"images": len(images.labels), "chunk": images.chunk, "fingerprint": _fingerprint(images)}
+        for name, images in sets.items()
+    }
+    return {"options": asdict(options), "software": software, "splits": splits}
 
 
-def _choose_splits(
-    src: str, sets: dict[str, Callable[[], ImageSet]], split: str | None
-) -> dict[str, Callable[[], ImageSet]]:
-    if split is None:
-        return sets
-    if len(sets) > 1 and split not in sets:
-        raise DataError(f"{src}: has no split {split!r}, only {', '.join(sets)}")
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", split):
-        raise DataError(f"--split {split!r}: use letters, digits, - and _ only")
-    return {split: sets[split] if split in sets else next(iter(sets.values()))}
+def _fingerprint(images: ImageSet) -> str:
+    digest = hashlib.sha256(images.identity.encode())
+    digest.update(images.labels.tobytes())
+    for name in images.classes:
+        digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
+    for i in range(len(images.labels)):
+        digest.update(images.name(i).encode("utf-8", "surrogateescape") + b"\0")
+    return digest.hexdigest()
 
 
-def _check_destination(dst: Path, files: dict[str, str], to: Format, overwrite: bool) -> tuple[Manifest, list[str]]:
-    """The manifest of the other splits in `dst`, and the files that it will not list any more but that stay there:
-    the `files` of the splits, by split, in other formats. They may still be in use, so nothing removes them."""
-    if dst.exists() and not dst.is_dir():
-        raise DataError(f"{dst}: not a directory; choose another place")
-    for path in (dst / name for name in files.values()):
-        if path.exists() and not (path.is_dir() if to == "webdataset" else path.is_file()):
-            kind = "directory" if to == "webdataset" else "regular file"
-            raise DataError(f"{path}: exists already and is no {kind}, so it is not replaced; choose another place")
-        if path.exists() and not overwrite:
-            raise DataError(f"{path}: exists already; choose another place or use --overwrite")
-    records = (read_manifest(dst) or Manifest()).splits
-    kept = {name: record for name, record in records.items() if (dst / record.file).exists()}
-    others = {name: kept[name].file for name in files if name in kept and kept[name].file != files[name]}
-    for name, other in others.items():
-        if not overwrite:
-            raise DataError(f"{dst}: its {name} is {other} already; choose another place or use --overwrite")
-    return Manifest({name: record for name, record in kept.items() if name not in files}), list(others.values())
+def _differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """In words, one for each thing that is not as it was."""
+    found = [
+        f"--{key.replace('_', '-')} was {was['options'].get(key)}, is {value}"
+        for key, value in now["options"].items()
+        if was["options"].get(key) != value
+    ]
+    found += [
+        f"{key} was {was['software'].get(key)}, is {value}"
+        for key, value in now["software"].items()
+        if was["software"].get(key) != value
+    ]
+    if list(was["splits"]) != list(now["splits"]):
+        return [*found, f"its splits were {', '.join(was['splits'])}, are {', '.join(now['splits'])}"]
+    for name, split in now["splits"].items():
+        before = was["splits"][name]
+        if before["images"] != split["images"]:
+            found.append(f"{name} had {before['images']:,} images, has {split['images']:,}")
+        elif before != split:
+            found.append(f"the names, the labels or the archives of the source's {name} have changed")
+    return found
+
+
+def _foresee(splits: list[SplitWork], crew: Crew, request: Request, console: Console) -> None:
+    """Tries some images and shows what is to be expected. Raises DiskFull where it cannot fit."""
+    expected: dict[str, Estimate] = {}
+    for split in splits:
+        rest = split.order[split.committed * split.images.chunk :]
+        if len(rest):
+            fixed = 0 if split.committed else split.layout.fixed
+            expected[split.name] = estimate(_try(split, rest, crew), len(rest), request.workers, fixed)
+    if not expected:
+        return
+    free = free_bytes(request.dst)
+    show_estimates(expected, free, request.workers, console)
+    if not fits(list(expected.values()), free):
+        needed = sum(one.stored for one in expected.values())
+        raise DiskFull(
+            f"{request.dst}: the output needs about {size_text(needed)}{' more' * any(s.committed for s in splits)}, "
+            f"{size_text(free)} are free there; free some space, or store less: --max-side, --quality"
+        )
+
+
+def _try(split: SplitWork, rest: np.ndarray, crew: Crew) -> list[Sample]:
+    indices = spread(rest)
+    tasks = [indices[i : i + AT_ONCE] for i in range(0, len(indices), AT_ONCE)]
+    samples: list[Sample] = []
+    waiting = iter(tasks)
+    for worker, task in zip(range(len(crew.processes)), waiting, strict=False):
+        crew.send(worker, Measure(split.name, task))
+    received = 0
+    while received < len(tasks):
+        for worker, news in crew.receive(timeout=1.0):
+            assert isinstance(news, Measured)
+            samples += news.samples
+            received += 1
+            for task in islice(waiting, 1):
+                crew.send(worker, Measure(split.name, task))
+    return samples
+
+
+def _finish(split: SplitWork, options: Options, source: dict[str, Any]) -> tuple[SplitRecord, list[Path]]:
+    """Makes a split's outputs whole. Gives its record, and the outputs."""
+    skipped = split.skipped
+    if len(skipped) == len(split.order):
+        raise DataError(f"{split.name}: none of the {len(skipped):,} images can be read: {name_some(skipped)}")
+    rows, outputs = finish(split)
+    index = outputs[0] / INDEX if outputs[0].is_dir() else outputs[-1]
+    files = list(outputs[0].iterdir()) if outputs[0].is_dir() else outputs[:1]
+    record = SplitRecord(
+        file=outputs[0].name,
+        count=len(rows),
+        classes=tuple(map(printable, split.images.classes)),
+        skipped=tuple({"index": one.index, "name": one.name, "reason": one.reason} for one in skipped),
+        changes=changes_of(rows),
+        bytes=sum(path.stat().st_size for path in files),
+        index=str(index.relative_to(outputs[0].parent)),
+        index_sha256=hashlib.sha256(index.read_bytes()).hexdigest(),
+        options=asdict(options),
+        source=source,
+    )
+    return record, outputs
 
 
 def _output_error(dst: Path, error: OSError) -> Exception:
     reason = (error.strerror or str(error)).lower()
     if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
         return DataError(f"{error.filename or dst}: cannot be written: {reason}")
-    place = next(path for path in (dst.absolute(), *dst.absolute().parents) if path.exists())
-    free = shutil.disk_usage(place).free / 1e9
-    return DiskFull(f"{dst}: no space for the output ({reason}; {free:,.1f} GB free there); nothing was kept")
-
-
-# --- one split -------------------------------------------------------------------------------------------------------
-
-
-def _write_split(
-    file: BinaryIO | Path,
-    images: ImageSet,
-    split: str,
-    classes: tuple[str, ...],
-    options: Options,
-    workers: int,
-    console: Console,
-) -> list[Skipped]:
-    """Writes the file, or the directory, and checks what was written. Returns the images that were left out."""
-    total = len(images.labels)
-    for line in (f"{split}: {total:,} images, {len(classes):,} classes", *images.notes):
-        console.print(_printable(line), markup=False, highlight=False, soft_wrap=True)
-    skipped: list[Skipped] = []
-    with closing(_readable_samples(images, split, options, workers, console, skipped)) as samples:
-        if isinstance(file, Path):
-            write_shards(file, cast(Iterator[Member], samples), total)
-            read_index(file)
-            return skipped
-        encoded = cast(Iterator[EncodedSample], samples)
-        if options.to == "ffcv":
-            write_beton_to(file, encoded, total)
-        else:
-            write_tensors_to(file, encoded, total, classes)
-    file.flush()
-    check: Callable[[Path], object] = open_beton if options.to == "ffcv" else read_tensor_file
-    check(Path(file.name))
-    return skipped
-
-
-def _readable_samples(
-    images: ImageSet, split: str, options: Options, workers: int, console: Console, skipped: list[Skipped]
-) -> Generator[EncodedSample | Member, None, None]:
-    """All samples in their order, behind a progress bar. Bad images go to `skipped`; too many raise DataError."""
-    total = len(images.labels)
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[rate]}", TimeRemainingColumn())
-    order: Sequence[int] = permutation(total, 0, 0).tolist() if options.shuffle else range(total)
-    chunks = (order[i : i + images.chunk] for i in range(0, total, images.chunk))
-    begin, done = time.monotonic(), 0
-    with (
-        Progress(*columns, "{task.fields[skipped]} skipped", console=console) as progress,
-        closing(_in_order(partial(_encode_chunk, images, options), chunks, workers)) as results,
-    ):
-        task = progress.add_task(split, total=total, rate="", skipped=0)
-        for chunk in results:
-            for result in chunk:
-                if isinstance(result, Skipped):
-                    _skip(result, skipped, total, split, options.max_skipped, progress.console)
-                else:
-                    yield result
-            done += len(chunk)
-            rate = f"{done / (time.monotonic() - begin + 1e-9):,.0f} images/s"
-            progress.update(task, completed=done, rate=rate, skipped=len(skipped))
-    if len(skipped) == total:
-        raise DataError(f"{split}: none of the {total:,} images can be read: {_name_some(skipped)}")
-
-
-def _skip(bad: Skipped, skipped: list[Skipped], total: int, split: str, share: float, console: Console) -> None:
-    skipped.append(bad)
-    if len(skipped) <= NAMED:
-        console.print(f"skipped {bad.name}: {bad.reason}", markup=False, highlight=False, soft_wrap=True)
-    if len(skipped) == NAMED + 1:
-        console.print(f"further skipped images are listed in {NAME}")
-    if len(skipped) > share * total and share < 1:
-        raise DataError(
-            f"{split}: {len(skipped):,} or more of {total:,} images cannot be read, {share:.2%} may be left out: "
-            f"{_name_some(skipped)}; repair or remove them, or raise --max-skipped"
-        )
-
-
-def _name_some(skipped: list[Skipped]) -> str:
-    return ", ".join(f"{one.name} ({one.reason})" for one in skipped[:3]) + ", ..." * (len(skipped) > 3)
-
-
-# --- images in threads -----------------------------------------------------------------------------------------------
-
-
-def _in_order(
-    work: Callable[[Sequence[int]], list[Encoded]], chunks: Iterable[Sequence[int]], workers: int
-) -> Generator[list[Encoded], None, None]:
-    """map() in threads (Pillow decodes without Python's lock), with a bounded number of chunks under way."""
-    workers = workers or len(os.sched_getaffinity(0))
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="convert")
-    try:
-        ahead: deque[Future[list[Encoded]]] = deque()
-        for chunk in chunks:
-            ahead.append(pool.submit(work, chunk))
-            if len(ahead) > 2 * workers:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _encode_chunk(images: ImageSet, options: Options, chunk: Sequence[int]) -> list[Encoded]:
-    return [_encode(images, options, i) for i in chunk]
-
-
-def _encode(images: ImageSet, options: Options, i: int) -> Encoded:
-    stored = None  # the image's file, where it may be passed through
-    try:
-        if options.to == "webdataset" and images.file is not None:
-            stored = read_regular(images.file(i))
-        image = images.read(i) if stored is None else decode_image(stored)
-        original = (image.shape[0], image.shape[1])
-        image = fit_max_side(image, options.max_side)
-        height, width = image.shape[:2]
-        if max(height, width) > MAX_SIDE:
-            raise BadImage(f"{width} x {height}: a side over {MAX_SIDE} pixels; --max-side would shrink it")
-    except BadImage as error:
-        return Skipped(i, _printable(images.name(i)), str(error))
-    label = int(images.labels[i])
-    if options.to == "webdataset":
-        if (height, width) != original:
-            stored = _to_jpeg(image, options.quality)
-        data = stored or _to_png(image)
-        name = _printable(images.name(i))
-        return Member(data, IMAGE_SUFFIX[data[:2]], (height, width), original, label, index=i, name=name)
-    raw = options.to == "tensor" or options.mode == "raw" or (options.mode == "auto" and height * width <= RAW_PIXELS)
-    data = image.tobytes() if raw else _to_jpeg(image, options.quality)
-    return EncodedSample(data, RAW if raw else JPG, (height, width), original, label, index=i)
-
-
-def _to_jpeg(image: np.ndarray, quality: int) -> bytes:
-    """Baseline JPEG with halved chroma (4:2:0)."""
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "JPEG", quality=quality, subsampling="4:2:0")
-    return file.getvalue()
-
-
-def _to_png(image: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "PNG")
-    return file.getvalue()
-
-
-def _printable(text: str) -> str:
-    """File names are bytes: those that are not UTF-8 cannot be printed or stored as text."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
-def _measure(output: BinaryIO | Path) -> tuple[int, str]:
-    """Bytes and SHA-256; of a directory, that of its index, which holds those of its shards."""
-    if isinstance(output, Path):
-        return sum(path.stat().st_size for path in output.iterdir()), _sha256(output / INDEX)
-    path = Path(output.name)
-    return path.stat().st_size, _sha256(path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return DiskFull(
+        f"{dst}: no space for the output ({reason}; {size_text(free_bytes(dst))} free there); make room, and the same "
+        "command goes on where it stopped"
+    )

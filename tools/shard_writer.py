@@ -1,26 +1,27 @@
-"""Writes WebDataset shards and their index in one thread and in order, so that the same images give the same bytes.
+"""Writes WebDataset shards and their index so that the same images always give the same bytes.
 
 Layout: see pipelines/shards.py. DALI's index files have one line for each image, `<ext> <offset> <size> <file name>`
 for each of its two files in the tar, as `fn.readers.webdataset(index_paths=...)` reads them.
 """
 
-import hashlib
-import os
 import tarfile
+import zlib
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from pipelines.shards import BLOCK, FORMAT, IMAGE_ARRAYS, INDEX
 from ressl.batch import DataError
+from tools.index_file import join_names
+from tools.rows import PLACE, ROW, SUFFIXES
 
 SHARD_BYTES = 10**9  # a shard is closed once it holds as many bytes, or images
 SHARD_IMAGES = 100_000
+END = bytes(2 * BLOCK)  # of a tar file
 IDX_VERSION = "v1.2"  # of DALI's index files
+_EMPTY_HEADER = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,89 @@ class Member:
     name: str  # in its data set
 
 
+class ShardLayout:
+    """Where images go, one after another: a shard holds at least one image, and is closed when it has `shard_images`
+    of them or the next one would take it above `shard_bytes`."""
+
+    def __init__(self, shard_bytes: int = SHARD_BYTES, shard_images: int = SHARD_IMAGES) -> None:
+        self.shard_bytes, self.shard_images = shard_bytes, shard_images
+        self.sizes: list[int] = []  # bytes of each shard, without the end of a tar file
+        self.images = 0  # in the last shard
+        self.fixed = 0  # bytes that are taken anyway
+
+    def place(self, _index: int, length: int) -> tuple[int, int]:
+        """Number of the shard and first byte of the next image."""
+        room = 2 * BLOCK + padded(length) + BLOCK  # two headers, the image and its label
+        if not self.sizes or self.images == self.shard_images or self.sizes[-1] + room > self.shard_bytes:
+            self.sizes.append(0)
+            self.images = 0
+        start = self.sizes[-1] + BLOCK
+        self.sizes[-1] += room
+        self.images += 1
+        return len(self.sizes) - 1, start
+
+    def ends(self) -> tuple[int, ...]:
+        """Bytes of each shard up to the end of what was placed."""
+        return tuple(self.sizes)
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:05}.tar"
+
+
+def member_blocks(index: int, label: int, suffix: str, data: bytes) -> tuple[bytes, bytes, bytes]:
+    """What stands in a tar file for an image: the header before its first byte, its data, and what follows them."""
+    key, text = f"{index:09}", str(label).encode("ascii")
+    fill = bytes(padded(len(data)) - len(data))
+    return (
+        _tar_header(f"{key}{suffix}", len(data)),
+        data,
+        fill + _tar_header(f"{key}.cls", len(text)) + text + bytes(BLOCK - len(text)),
+    )
+
+
+def idx_text(rows: np.ndarray, offsets: np.ndarray) -> str:
+    """DALI's index of one shard, for ROW and first byte of each of its images."""
+    lines = [f"{IDX_VERSION} {len(rows)}"]
+    columns = (rows["index"], rows["label"], rows["length"], rows["kind"], offsets)
+    for index, label, length, kind, offset in zip(*(column.tolist() for column in columns), strict=True):
+        key, suffix = f"{index:09}", SUFFIXES[kind]
+        label_start = offset + padded(length) + BLOCK
+        image = f"{suffix.removeprefix('.')} {offset} {length} {key}{suffix}"
+        lines.append(f"{image} cls {label_start} {len(str(label))} {key}.cls")
+    return "\n".join(lines) + "\n"
+
+
+def finish_shards(
+    directory: Path, layout: ShardLayout, rows: np.ndarray, places: np.ndarray, names: Iterable[str]
+) -> None:
+    """Ends the tar files, and writes DALI's index files and index.npz beside them, for ROW, PLACE and name of every
+    image that was placed. Raises DataError where there is none."""
+    if not len(rows):
+        raise DataError("no image to write")
+    for shard, end in enumerate(layout.sizes):
+        with (directory / shard_name(shard)).open("r+b") as file:
+            file.seek(end)
+            file.write(END)
+            file.truncate()
+        mine = places["file"] == shard
+        text = idx_text(rows[mine], places["offset"][mine])
+        (directory / shard_name(shard)).with_suffix(".idx").write_text(text, encoding="ascii")
+    columns = {name: rows[name] for name in ("length", "crc32", "size", "original", "label", "index")}
+    columns |= {"shard": places["file"], "offset": places["offset"]}
+    joined, ends = join_names(names)
+    columns["name_end"] = ends
+    arrays = {name: columns[name].astype(kind) for name, (kind, _) in IMAGE_ARRAYS.items()}
+    np.savez(
+        directory / INDEX,
+        format=np.array(FORMAT),
+        shards=np.array([shard_name(shard).encode("ascii") for shard in range(len(layout.sizes))]),
+        shard_bytes=np.array(layout.sizes, np.int64) + len(END),
+        names=joined,
+        **arrays,  # type: ignore[arg-type]
+    )
+
+
 def write_shards(
     directory: Path,
     members: Iterable[Member],
@@ -44,112 +128,37 @@ def write_shards(
     shard_bytes: int = SHARD_BYTES,
     shard_images: int = SHARD_IMAGES,
 ) -> int:
-    """Writes shards, DALI's index files and index.npz into an empty directory; returns how many images they hold.
-
-    Up to `count` members are taken. A shard holds at least one image, and is closed when it has `shard_images` of them
-    or the next one would take it above `shard_bytes`. The index holds each shard's SHA-256 (`shard_sha256`) to be
-    compared by whoever copies or keeps the files: `read_index` demands it, but compares only the shards' sizes, as
-    reading all of them would take too long at each start. Raises DataError where there is no member.
-    """
-    rows = {name: np.zeros((count, *shape), kind) for name, (kind, shape) in IMAGE_ARRAYS.items()}
-    names: list[bytes] = []
-    written, shards, shard = 0, list[tuple[str, int, str]](), None
-    try:
-        for member in members:
-            if written == count:
-                raise ValueError(f"more members than the {count} announced")
-            room = 2 * BLOCK + _padded(len(member.data)) + BLOCK  # two headers, the image and its label
-            if shard is not None and (shard.images == shard_images or shard.position + room > shard_bytes):
-                shards.append(shard.close())
-                shard = None
-            if shard is None:
-                shard = Shard(directory, f"shard-{len(shards):05}")
-            names.append(member.name.encode("utf-8", "replace"))
-            end = int(rows["name_end"][written - 1]) if written else 0
-            row = {"shard": len(shards), "offset": shard.add(member), "length": len(member.data), "size": member.size}
-            row |= {"original": member.original, "label": member.label, "index": member.index}
-            for name, value in (row | {"name_end": end + len(names[-1])}).items():
-                rows[name][written] = value
-            written += 1
-        if shard is None:
-            raise DataError("no image to write")
-        shards.append(shard.close())
-    finally:
-        if shard is not None:
-            shard.abandon()
-    _write_index(directory / INDEX, shards, {name: array[:written] for name, array in rows.items()}, b"".join(names))
-    return written
+    """Writes up to `count` members into an empty directory in one thread, which defines what `convert` does in many
+    processes; returns how many. Raises DataError where there is none."""
+    rows, places, layout = np.zeros(count, ROW), np.zeros(count, PLACE), ShardLayout(shard_bytes, shard_images)
+    names: list[str] = []
+    for member in members:
+        i = len(names)
+        if i == count:
+            raise ValueError(f"more members than the {count} announced")
+        shard, offset = places[i] = layout.place(member.index, len(member.data))
+        row = {"index": member.index, "label": member.label, "length": len(member.data), "size": member.size}
+        row |= {"original": member.original, "kind": SUFFIXES.index(member.suffix), "crc32": zlib.crc32(member.data)}
+        for name, value in row.items():
+            rows[name][i] = value
+        blocks = member_blocks(member.index, member.label, member.suffix, member.data)
+        with (directory / shard_name(shard)).open("r+b" if offset > BLOCK else "xb") as file:
+            file.seek(offset - BLOCK)
+            file.write(b"".join(blocks))
+        names.append(member.name)
+    finish_shards(directory, layout, rows[: len(names)], places[: len(names)], names)
+    return len(names)
 
 
-class Shard:
-    """A tar file that is being written, and DALI's index of it."""
-
-    def __init__(self, directory: Path, name: str) -> None:
-        self.path, self.position, self.lines = directory / f"{name}.tar", 0, list[str]()
-        self.digest = hashlib.sha256()
-        self.file: BinaryIO = self.path.open("xb")
-
-    @property
-    def images(self) -> int:
-        return len(self.lines)
-
-    def add(self, member: Member) -> int:
-        """Appends an image and its label. Returns the image's first byte in the file."""
-        key, label = f"{member.index:09}", str(member.label).encode("ascii")
-        start = self._append(f"{key}{member.suffix}", member.data)
-        label_start = self._append(f"{key}.cls", label)
-        suffix = member.suffix.removeprefix(".")
-        image = f"{suffix} {start} {len(member.data)} {key}{member.suffix}"
-        self.lines.append(f"{image} cls {label_start} {len(label)} {key}.cls\n")
-        return start
-
-    def close(self) -> tuple[str, int, str]:
-        """Name, bytes and SHA-256 (hexadecimal) of the finished file."""
-        self._write(bytes(2 * BLOCK))  # the end of a tar file
-        _finish(self.file)
-        with self.path.with_suffix(".idx").open("xb") as idx:
-            idx.write(f"{IDX_VERSION} {len(self.lines)}\n{''.join(self.lines)}".encode("ascii"))
-            _finish(idx)
-        return self.path.name, self.position, self.digest.hexdigest()
-
-    def abandon(self) -> None:
-        with suppress(OSError):  # what could not be flushed has been reported before
-            self.file.close()
-
-    def _append(self, name: str, data: bytes) -> int:
-        header = tarfile.TarInfo(name)  # its other fields say 1970 and nobody
-        header.size = len(data)
-        self._write(header.tobuf(tarfile.USTAR_FORMAT))
-        start = self.position
-        self._write(data + bytes(_padded(len(data)) - len(data)))
-        return start
-
-    def _write(self, data: bytes) -> None:
-        self.file.write(data)
-        self.digest.update(data)
-        self.position += len(data)
-
-
-def _write_index(path: Path, shards: list[tuple[str, int, str]], rows: dict[str, np.ndarray], names: bytes) -> None:
-    files, sizes, digests = zip(*shards, strict=True)
-    with path.open("xb") as file:
-        np.savez(
-            file,
-            format=np.array(FORMAT),
-            shards=np.array([name.encode("ascii") for name in files]),
-            shard_bytes=np.array(sizes, np.int64),
-            shard_sha256=np.array([digest.encode("ascii") for digest in digests]),
-            names=np.frombuffer(names, np.uint8),
-            **rows,  # type: ignore[arg-type]
-        )
-        _finish(file)
-
-
-def _padded(length: int) -> int:
+def padded(length: int) -> int:
     return -(-length // BLOCK) * BLOCK
 
 
-def _finish(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
+def _tar_header(name: str, length: int) -> bytes:
+    """A ustar header: a regular file of 1970 that belongs to nobody. tarfile takes four times as long for it."""
+    header = bytearray(_EMPTY_HEADER)
+    header[: len(name)] = name.encode("ascii")
+    header[124:135] = b"%011o" % length
+    header[148:156] = b" " * 8  # the checksum counts itself as spaces
+    header[148:155] = b"%06o\0" % sum(header)
+    return bytes(header)

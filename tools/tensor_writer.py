@@ -1,5 +1,9 @@
-"""Writes a decoded data set as one safetensors file, image by image: memory holds the tables, never the pixels."""
+"""Writes a decoded data set as one safetensors file. See pipelines/tensor_file.py.
 
+safetensors starts with a JSON header that may end in spaces: room is kept for it, and it is written last.
+"""
+
+import hashlib
 import json
 from collections.abc import Iterable
 from typing import BinaryIO
@@ -9,6 +13,7 @@ import numpy as np
 from pipelines.tensor_file import FORMAT
 from ressl.batch import DataError
 from tools.beton_writer import EncodedSample
+from tools.rows import PLACE, ROW
 
 # name, dtype, shape after the first dimension; after the pixels, and by falling alignment
 TABLES = (
@@ -21,34 +26,58 @@ TABLES = (
 TYPE_NAMES = {"<i8": "I64", "<i4": "I32"}
 
 
-def write_tensors_to(file: BinaryIO, samples: Iterable[EncodedSample], count: int, classes: tuple[str, ...]) -> int:
-    """Writes up to `count` raw samples into an empty, seekable file; returns how many. See pipelines/tensor_file.py.
+class TensorLayout:
+    """Where the pixels of up to `count` images go, one after another."""
 
-    safetensors starts with a JSON header that may end in spaces: room is kept for it, and it is written last. Raises
-    DataError where there is no sample.
-    """
-    room = len(_header(count, 10**18, classes)) // 8 * 8 + 8
-    tables = {name: np.zeros((count, *shape), dtype) for name, dtype, shape in TABLES}
-    file.seek(8 + room)
-    pixels = written = widest = 0
+    def __init__(self, count: int, classes: tuple[str, ...]) -> None:
+        self.classes, self.room = classes, len(_header(count, 10**18, classes)) // 8 * 8 + 8
+        self.position = self.start = self.fixed = 8 + self.room  # fixed: bytes that are taken anyway
+
+    def place(self, _index: int, length: int) -> tuple[int, int]:
+        """File number and first byte of the next image."""
+        start, self.position = self.position, self.position + length
+        return 0, start
+
+    def ends(self) -> tuple[int, ...]:
+        """Bytes of each file up to the end of what was placed."""
+        return (self.position,)
+
+
+def finish_tensors(file: BinaryIO, layout: TensorLayout, rows: np.ndarray, places: np.ndarray) -> str:
+    """Writes the header before the pixels and the tables behind them, for ROW and PLACE of every image that was placed.
+    Returns the SHA-256 of both, hexadecimal. Raises DataError where there is no image."""
+    if not len(rows):
+        raise DataError("no image to write")
+    pixels, widest = layout.position - layout.start, int(rows["size"][:, 1].max())
+    slack = 3 * widest + (-(pixels + 3 * widest)) % 8  # the tables that follow start at a multiple of 8
+    tables = {name: rows[name] for name, _, _ in TABLES if name != "offset"}
+    tables["offset"] = places["offset"] - layout.start
+    tail = bytes(slack) + b"".join(tables[name].astype(dtype).tobytes() for name, dtype, _ in TABLES)
+    file.seek(layout.position)
+    file.write(tail)
+    file.truncate()
+    head = layout.room.to_bytes(8, "little") + _header(len(rows), pixels + slack, layout.classes).ljust(layout.room)
+    file.seek(0)
+    file.write(head)
+    return hashlib.sha256(head + tail).hexdigest()
+
+
+def write_tensors_to(file: BinaryIO, samples: Iterable[EncodedSample], count: int, classes: tuple[str, ...]) -> int:
+    """Writes up to `count` raw samples into an empty, seekable file in one thread, which defines what `convert` does in
+    many processes; returns how many. Raises DataError where there is none."""
+    rows, places, layout = np.zeros(count, ROW), np.zeros(count, PLACE), TensorLayout(count, classes)
+    written = 0
     for sample in samples:
         if written == count:
             raise ValueError(f"more samples than the {count} announced")
+        places[written] = place = layout.place(sample.index, len(sample.data))
+        row = {"index": sample.index, "label": sample.label, "size": sample.size, "original": sample.original}
+        for name, value in row.items():
+            rows[name][written] = value
+        file.seek(place[1])
         file.write(sample.data)
-        row = {"offset": pixels, "label": sample.label, "index": sample.index}
-        for name, value in (row | {"size": sample.size, "original": sample.original}).items():
-            tables[name][written] = value
-        pixels += len(sample.data)
-        widest = max(widest, sample.size[1])
         written += 1
-    if written == 0:
-        raise DataError("no image to write")
-    slack = 3 * widest + (-(pixels + 3 * widest)) % 8  # the tables that follow start at a multiple of 8
-    file.write(bytes(slack))
-    for name, _, _ in TABLES:
-        file.write(tables[name][:written].tobytes())
-    file.seek(0)
-    file.write(room.to_bytes(8, "little") + _header(written, pixels + slack, classes).ljust(room))
+    finish_tensors(file, layout, rows[:written], places[:written])
     return written
 
 

@@ -4,6 +4,7 @@ import io
 import os
 import threading
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,7 @@ def test_the_tables_hold_what_was_written(root):
     assert index.original.tolist() == [[16 + 2 * i, 24] for i in range(COUNT)]
     assert index.label.tolist() == [i % 3 - 1 for i in range(COUNT)]
     assert index.index.tolist() == [10 * i for i in range(COUNT)]
+    assert index.crc32.tolist() == [zlib.crc32(member(i).data) for i in range(COUNT)]
     assert [index.name(i) for i in range(COUNT)] == [f"c/{i}\u00e9.png" for i in range(COUNT)]
     assert index.classes == ()
     assert ShardFiles(index).where(3) == f"{root}/shard-00001.tar: c/3\u00e9.png"
@@ -190,7 +192,7 @@ def test_an_index_with_pickled_objects_is_refused(root):
 def test_an_index_with_a_member_that_is_no_array_is_refused(root):
     change(root, format=None)
     with zipfile.ZipFile(root / "index.npz", "a") as file:
-        file.writestr("format.npy", "ressl-shards-1")
+        file.writestr("format.npy", "ressl-shards-2")
     with pytest.raises(DataError, match=r"index\.npz: damaged: format cannot be read"):
         read_index(root)
 
@@ -198,11 +200,13 @@ def test_an_index_with_a_member_that_is_no_array_is_refused(root):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("format", np.array(b"ressl-shards-9"), "not an index of the format ressl-shards-1"),
+        ("format", np.array(b"ressl-shards-9"), "not an index of the format ressl-shards-2"),
         ("label", None, "damaged: label cannot be read; convert"),
         ("format", None, "damaged: format cannot be read"),
         ("label", np.zeros(COUNT - 1, np.int64), r"label is \(8,\)"),
         ("label", np.zeros(COUNT), "label is .* float64"),
+        ("crc32", None, "damaged: crc32 cannot be read; convert"),
+        ("crc32", np.zeros(COUNT, np.int64), "crc32 is .* int64"),
         ("size", np.ones((COUNT, 3), np.int32), "size is"),
         ("shard", np.zeros(0, np.int32), "it holds no images"),
         ("names", np.zeros(3), "its names are no bytes"),
@@ -265,7 +269,7 @@ def test_classes_are_found_wherever_the_path_starts(tmp_path, monkeypatch, start
     root = tmp_path / "train"
     (root / "deep").mkdir(parents=True)
     write_shards(root, map(member, range(COUNT)), COUNT)
-    record = SplitRecord("train", COUNT, ("a", "b"), (), 0, "", {}, "")
+    record = SplitRecord("train", COUNT, ("a", "b"), (), {}, 0, "train/index.npz", "", {}, {})
     (tmp_path / "manifest.json").write_text(manifest_text(Manifest({"train": record})))
     monkeypatch.chdir(tmp_path / start)
     assert classes_of(Path(path)) == read_index(Path(path)).classes == ("a", "b")

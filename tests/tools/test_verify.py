@@ -1,0 +1,458 @@
+"""A converted data set is proved whole, and whatever is wrong with it is found and named."""
+
+import io
+import os
+import shutil
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from pipelines.beton import ALLOCATION, FIELD, FIELDS, HEADER, JPG, RAW, metadata_dtype, open_beton
+from pipelines.shards import BLOCK, read_index
+from pipelines.tensor_file import read_tensor_file
+from ressl.batch import DataError
+from tools.convert import convert
+from tools.shard_writer import Member, write_shards
+from tools.verify import verify
+from tools.verify_content import check_content
+from tools.verify_layout import Stored
+from tools.verify_report import Report
+
+COUNT = 14  # images that are stored; one more is damaged
+QUIET = Console(quiet=True)
+
+
+def noise(seed: int, height: int, width: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """src/, two classes of images, and ffcv/, tensor/ and webdataset/ that were made of it."""
+    root = tmp_path_factory.mktemp("whole")
+    for i in range(COUNT):
+        path = root / "src" / "ab"[i % 2] / f"{i:02}.{'jpg' if i % 3 == 0 else 'png'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (noise(i, 240, 300) if i < 8 else noise(i, 20 + i, 30)).save(path)
+    (root / "src" / "a" / "05.jpg").write_bytes(b"not an image")
+    for to in ("ffcv", "tensor", "webdataset"):
+        convert(str(root / "src"), root / to, to, shard_mb=1, max_skipped=0.5, shuffle=True, console=QUIET)
+    return root
+
+
+@pytest.fixture
+def copy(whole, tmp_path) -> Iterator[Callable[[str], Path]]:
+    """Gives a data set that may be damaged."""
+    yield lambda to: Path(shutil.copytree(whole / to, tmp_path / to))
+    shutil.rmtree(tmp_path)
+
+
+def check(path: Path, **options) -> tuple[bool, str]:
+    """Whether it is whole, and what was printed."""
+    console = Console(file=io.StringIO(), width=250)
+    good = verify(path, console=console, **options)
+    return good, console.file.getvalue()
+
+
+def flip(path: Path, place: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(place)
+        (byte,) = file.read(1)
+        file.seek(place)
+        file.write(bytes([byte ^ 0x10]))
+
+
+def row_of(text: str) -> list[str]:
+    """The cells of the table's only row."""
+    (line,) = [line for line in text.splitlines() if line.startswith("│")]
+    return [cell.strip() for cell in line.strip("│").split("│")]
+
+
+@pytest.mark.parametrize("to", ["ffcv", "tensor", "webdataset"])
+def test_what_convert_wrote_is_whole(whole, to):
+    good, text = check(whole / to)
+    assert good
+    assert row_of(text)[3:] == ["ok", "ok", "not checked: --deep does it", "not checked: --deep does it"]
+    good, text = check(whole / to, deep=True)
+    assert good
+    assert row_of(text)[:2] == ["train", str(COUNT)]
+    assert row_of(text)[3:] == ["ok"] * 4
+
+
+@pytest.mark.parametrize("name", ["ffcv/train.beton", "tensor/train.safetensors", "webdataset/train"])
+def test_one_file_or_directory_of_shards_is_found_in_the_manifest(whole, monkeypatch, name):
+    good, text = check(whole / name, deep=True)
+    assert good
+    assert row_of(text)[3:] == ["ok"] * 4
+    if name == "webdataset/train":
+        monkeypatch.chdir(whole / name)
+        assert row_of(check(Path("."), deep=True)[1])[3:] == ["ok"] * 4
+
+
+# --- each byte -------------------------------------------------------------------------------------------------------
+
+
+def in_beton(root: Path) -> dict[str, tuple[Path, int]]:
+    """A byte of each region."""
+    path = root / "train.beton"
+    beton = open_beton(path)
+    head = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
+    return {
+        "header": (path, 5),
+        "field's arguments": (path, HEADER.itemsize + 500),
+        "label": (path, head + metadata_dtype(FIELDS).fields["label"][1]),
+        "gap before the data": (path, int(beton.data_ptr.min()) - 1),
+        "gap behind the data": (path, int((beton.data_ptr + beton.data_size).max())),
+        "image": (path, int(beton.data_ptr[3]) + 50),
+        "table": (path, beton.length - 1),
+    }
+
+
+def in_tensors(root: Path) -> dict[str, tuple[Path, int]]:
+    path = root / "train.safetensors"
+    data, whole = read_tensor_file(path), path.read_bytes()
+    start = whole.index(b"  \x00") if b"  \x00" in whole[:4096] else 8 + int.from_bytes(whole[:8], "little")
+    pixels = 8 + int.from_bytes(whole[:8], "little")
+    slack = pixels + int((data.offset + 3 * data.size.long().prod(1)).max())
+    return {
+        "length of the header": (path, 0),
+        "header": (path, 100),
+        "room behind the header": (path, min(start, pixels) - 1),
+        "image": (path, pixels + int(data.offset[5]) + 10),
+        "slack": (path, slack + 1),
+        "table": (path, len(whole) - 9),
+    }
+
+
+def in_shards(root: Path) -> dict[str, tuple[Path, int]]:
+    index = read_index(root / "train")
+    path, start, length = root / "train" / "shard-00000.tar", int(index.offset[0]), int(index.length[0])
+    label = start + -(-length // BLOCK) * BLOCK + BLOCK
+    return {
+        "tar header": (path, start - BLOCK + 140),
+        "image": (path, start + length // 2),
+        "padding": (path, start + length),
+        "header of the label": (path, label - BLOCK + 3),
+        "label": (path, label),
+        "behind the label": (path, label + 300),
+        "end": (path, path.stat().st_size - 1),
+        "idx": (root / "train" / "shard-00001.idx", 20),
+    }
+
+
+REGIONS = {"ffcv": in_beton, "tensor": in_tensors, "webdataset": in_shards}
+INDEX = {"ffcv": "train.beton.index.npz", "tensor": "train.safetensors.index.npz", "webdataset": "train/index.npz"}
+
+
+@pytest.mark.parametrize("to", REGIONS)
+def test_a_flipped_byte_is_found_wherever_it_is(copy, to):
+    root = copy(to)
+    index = root / INDEX[to]
+    places = REGIONS[to](root) | {"index": (index, index.stat().st_size // 2), "index's end": (index, 0)}
+    for region, (path, place) in places.items():
+        flip(path, place)
+        good, text = check(root)
+        assert not good, region
+        assert "\n" + str(root) in text, region  # at least one line that begins with the file
+        flip(path, place)
+    assert check(root)[0]
+
+
+@pytest.mark.parametrize("to", REGIONS)
+def test_each_damaged_image_is_named_and_no_other(copy, to):
+    root = copy(to)
+    path, place = REGIONS[to](root)["image"]
+    flip(path, place)
+    good, text = check(root)
+    assert not good
+    assert row_of(text)[3:5] == ["ok", "1 problem"]
+    (line,) = [line for line in text.splitlines() if "CRC-32" in line]
+    assert line.startswith(f"{path}: image ")
+    assert ".jpg" in line or ".png" in line
+    assert "damaged" in line
+    assert "again" in text.splitlines()[-2]
+
+
+@pytest.mark.parametrize("to", REGIONS)
+def test_about_200_bytes_anywhere_are_each_found(copy, to):
+    """As many in each file, and in a .beton as many in its head, its data and its table as in the gaps."""
+    root, draw = copy(to), np.random.default_rng(7)
+    ranges = [(path, 0, path.stat().st_size) for path in sorted(root.rglob("*")) if path.is_file()]
+    ranges = [one for one in ranges if one[0].name != "manifest.json"]
+    if to == "ffcv":
+        beton = open_beton(root / "train.beton")
+        first, last = int(beton.data_ptr.min()), int((beton.data_ptr + beton.data_size).max())
+        ranges += [(beton.path, *part) for part in ((0, 6200), (6200, first), (first, last), (last, beton.length))]
+        ranges += [(beton.path, beton.length - COUNT * ALLOCATION.itemsize, beton.length)]
+    missed = []
+    for number in range(200):
+        path, start, stop = ranges[number % len(ranges)]
+        place = int(draw.integers(start, stop))
+        flip(path, place)
+        if check(root)[0]:
+            missed.append((path.name, place))
+        flip(path, place)
+    assert missed == []
+    assert check(root)[0]
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def cut(path: Path, count: int) -> None:
+    os.truncate(path, path.stat().st_size - count)
+
+
+def extend(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"\0")
+
+
+DATA = {
+    "ffcv": ["train.beton", "train.beton.index.npz"],
+    "tensor": ["train.safetensors", "train.safetensors.index.npz"],
+    "webdataset": ["train/shard-00000.tar", "train/shard-00001.tar", "train/shard-00001.idx", "train/index.npz"],
+}
+FILES = [(to, name) for to, names in DATA.items() for name in names]
+
+
+@pytest.mark.parametrize(("to", "name"), FILES)
+def test_a_cut_an_extended_and_a_missing_file_are_named(copy, to, name):
+    root = copy(to)
+    path = root / name
+    for harm in (lambda: cut(path, 1), lambda: cut(path, path.stat().st_size // 2), lambda: extend(path), path.unlink):
+        before = path.read_bytes()
+        harm()
+        good, text = check(root)
+        assert not good
+        assert f"\n{path}: " in text or f"\n{path}'" in text
+        path.write_bytes(before)
+    assert check(root)[0]
+
+
+def test_all_shards_that_are_missing_or_cut_are_named(copy):
+    root = copy("webdataset")
+    (root / "train" / "shard-00000.tar").unlink()
+    cut(root / "train" / "shard-00001.tar", 10)
+    good, text = check(root)
+    assert not good
+    assert "shard-00000.tar: cannot be read" in text
+    assert "shard-00001.tar: " in text
+    assert row_of(text)[4] == "not checked: the structure is damaged"
+
+
+def test_files_that_do_not_belong_to_the_shards_are_named(copy):
+    root = copy("webdataset")
+    (root / "train" / "notes.txt").write_text("mine")
+    shutil.copy(root / "train" / "shard-00000.tar", root / "train" / "shard-00002.tar")
+    good, text = check(root)
+    assert not good
+    assert "notes.txt: not written by this conversion" in text
+    assert "shard-00002.tar: not written by this conversion" in text
+
+
+@pytest.mark.parametrize("to", REGIONS)
+def test_an_index_of_another_conversion_is_found(copy, whole, tmp_path, to):
+    """Of the same images, in another order or at another quality: all of its own checks pass."""
+    root = copy(to)
+    other = tmp_path / "other"
+    convert(str(whole / "src"), other, to, shard_mb=1, max_skipped=0.5, console=QUIET)
+    shutil.copy(other / INDEX[to], root / INDEX[to])
+    good, text = check(root)
+    assert not good
+    assert f"{INDEX[to]}: not the one that manifest.json knows" in text
+
+
+def test_the_file_of_a_killed_writer_is_found(copy):
+    root = copy("ffcv")
+    path = root / "train.beton"
+    header = np.fromfile(path, HEADER, 1)
+    header["alloc_table_ptr"] = 0
+    with path.open("r+b") as file:
+        file.write(header.tobytes())
+    good, text = check(root)
+    assert not good
+    assert "its conversion was interrupted" in text
+
+
+def test_an_interrupted_conversion_is_told_how_to_go_on(tmp_path):
+    (tmp_path / "convert.part").mkdir()
+    with pytest.raises(DataError, match=r"its conversion was interrupted; the same `convert` goes on"):
+        verify(tmp_path, console=QUIET)
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+def exchange(path: Path, one: int, other: int, length: int) -> None:
+    """Two ranges of as many bytes."""
+    data = bytearray(path.read_bytes())
+    data[one : one + length], data[other : other + length] = (
+        data[other : other + length],
+        data[one : one + length],
+    )
+    path.write_bytes(data)
+
+
+def test_two_images_of_one_size_in_each_others_place_are_found_in_a_beton_and_a_tensor_file(copy):
+    root = copy("ffcv")
+    beton = open_beton(root / "train.beton")
+    raw = [i for i in np.flatnonzero(beton.mode == RAW).tolist() if beton.index[i] != 0]
+    assert len(raw) > 3
+    assert (beton.mode == JPG).any()
+    one, other = raw[:2]
+    length = int(min(beton.data_size[one], beton.data_size[other]))
+    exchange(root / "train.beton", int(beton.data_ptr[one]), int(beton.data_ptr[other]), length)
+    good, text = check(root)
+    assert not good
+    assert text.count("CRC-32") == 2
+    tensors = copy("tensor")
+    data = read_tensor_file(tensors / "train.safetensors")
+    one, other = np.flatnonzero((data.size == data.size.max(0).values).all(1).numpy())[:2].tolist()
+    pixels = 8 + int.from_bytes((tensors / "train.safetensors").read_bytes()[:8], "little")
+    starts, length = (data.offset + pixels).tolist(), int(3 * data.size[one].long().prod())
+    del data
+    exchange(tensors / "train.safetensors", starts[one], starts[other], length)
+    assert check(tensors)[1].count("CRC-32") == 2
+
+
+def member(index: int) -> Member:
+    file = io.BytesIO()
+    noise(index, 12, 10).save(file, "BMP")  # all of one size
+    return Member(file.getvalue(), ".bmp", (12, 10), (12, 10), index % 3, index, f"{index}.bmp")
+
+
+def test_exchanged_shards_of_one_size_are_found(tmp_path):
+    write_shards(tmp_path, map(member, range(4)), 4, shard_images=2)
+    one, other, aside = (tmp_path / name for name in ("shard-00000.tar", "shard-00001.tar", "aside"))
+    one.rename(aside)
+    other.rename(one)
+    aside.rename(other)
+    good, text = check(tmp_path)
+    assert not good
+    assert text.count("CRC-32") == 4
+
+
+def test_only_the_first_problems_are_shown_and_all_are_counted(tmp_path):
+    write_shards(tmp_path, map(member, range(30)), 30)
+    tar = tmp_path / "shard-00000.tar"
+    with tar.open("r+b") as file:
+        for start in read_index(tmp_path).offset.tolist():
+            file.seek(start + 100)
+            file.write(bytes(50))
+    good, text = check(tmp_path)
+    assert not good
+    assert row_of(text)[4] == "30 problems"
+    assert text.count("CRC-32") == 20
+    assert "and 10 further problems" in text
+
+
+def two_images(path: Path) -> Stored:
+    """In the first 200 bytes of a file, with 100 bytes behind them."""
+    return Stored(
+        files=(path,),
+        file=np.zeros(2, np.int32),
+        start=np.array([0, 100]),
+        length=np.array([100, 100]),
+        mode=np.full(2, RAW, np.uint8),
+        size=np.ones((2, 2), np.int32),
+        original=np.ones((2, 2), np.int32),
+        label=np.zeros(2, np.int64),
+        index=np.arange(2),
+        classes=None,
+        crc32=np.full(2, zlib.crc32(bytes(100)), np.uint32),
+        name="image-{}.jpg".format,
+        zeros=((0, 200, 300),),
+    )
+
+
+ERRORS = {"gone": "cannot be read: No such file or directory", "failing": "cannot be read: Input/output error"}
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        ("whole", []),
+        ("cut", ["the file ends before byte 300", "image 1 (image-1.jpg): the file ends inside it"]),
+        *(
+            (state, [f"bytes 200 to 300 {error}", *(f"image {i} (image-{i}.jpg): {error}" for i in range(2))])
+            for state, error in ERRORS.items()
+        ),
+    ],
+)
+def test_a_file_that_vanishes_is_cut_or_fails_while_it_is_read_is_told_of_each_image(tmp_path, state, expected):
+    path = tmp_path / "data"
+    if state == "failing":
+        path = Path("/proc/self/mem")  # there is nothing at its byte 0: as where a disk is damaged
+    elif state != "gone":
+        path.write_bytes(bytes(300 if state == "whole" else 150))
+    report = Report("train")
+    check_content(two_images(path), report, deep=False, source=None, workers=2, advance=lambda *_: None)
+    assert sorted(report.lines) == sorted(f"{path}: {line}" for line in expected)
+
+
+def test_the_threads_end_when_a_check_is_interrupted(tmp_path):
+    path = tmp_path / "data"
+    path.write_bytes(bytes(300))
+
+    def interrupt(*_: int) -> None:
+        raise KeyboardInterrupt
+
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        check_content(two_images(path), Report("train"), deep=False, source=None, workers=2, advance=interrupt)
+    assert threading.active_count() == before
+
+
+# --- files alone -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ffcv/train.beton", "tensor/train.safetensors"])
+def test_a_file_without_its_index_is_checked_as_far_as_it_can_be(whole, tmp_path, name):
+    path = Path(shutil.copy(whole / name, tmp_path))
+    good, text = check(path, deep=True)
+    assert good
+    assert row_of(text)[3:] == [
+        "ok",
+        "not checked: no checksums: not made by `convert`, or parted from its index",
+        "ok",
+        "not checked: no manifest.json says what it was made of",
+    ]
+    shutil.copy(whole / f"{name}.index.npz", tmp_path)
+    good, text = check(path)
+    assert good
+    assert row_of(text)[3:5] == ["ok", "ok"]
+    assert "no manifest lists it" in text
+    path.unlink()
+
+
+def test_shards_without_a_manifest_are_checked_by_their_own_index(copy):
+    root = copy("webdataset")
+    (root / "manifest.json").unlink()
+    good, text = check(root / "train", deep=True)
+    assert good
+    assert row_of(text)[3:6] == ["ok", "ok", "ok"]
+    flip(*in_shards(root)["label"])
+    assert not check(root / "train")[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "no such file or directory"),
+        (lambda path: path.mkdir(), "holds neither manifest.json nor index.npz"),
+        (lambda path: path.write_text("text"), r"neither \.beton nor \.safetensors"),
+        (lambda path: (path / "a").mkdir(parents=True) or (path / "a" / "x.tar").touch(), "shards without index.npz"),
+        (os.mkfifo, "neither a file nor a directory"),
+    ],
+)
+def test_what_cannot_be_verified_is_refused(tmp_path, make, message):
+    make(tmp_path / "x")
+    with pytest.raises(DataError, match=message):
+        verify(tmp_path / "x", console=QUIET)

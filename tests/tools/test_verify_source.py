@@ -1,0 +1,258 @@
+"""A converted data set is compared with what it was made of, and with its own manifest."""
+
+import hashlib
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from pipelines.beton import ALLOCATION, FIELD, FIELDS, HEADER, metadata_dtype
+from pipelines.manifest import SplitRecord
+from ressl.batch import DataError
+from tools.convert import convert
+from tools.index_file import read_index_file, write_index_file
+from tools.verify import verify
+
+FORMATS = ("ffcv", "tensor", "webdataset")
+GONE = "not checked: "
+
+
+def smooth(seed: int, height: int, width: int) -> Image.Image:
+    colours = np.random.default_rng(seed).integers(0, 256, (3, 3, 3), dtype=np.uint8)
+    return Image.fromarray(colours).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """src/, twelve images in three classes, one of them damaged; and a data set of it in each format."""
+    root = tmp_path_factory.mktemp("whole")
+    for i in range(12):
+        path = root / "src" / "abc"[i % 3] / f"{i:02}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        smooth(i, 80 if i % 2 else 40, 70).save(path, quality=85)
+    (root / "src" / "b" / "04.jpg").write_bytes(b"not an image")
+    for to in FORMATS:
+        convert(str(root / "src"), root / to, to, max_skipped=0.5, console=Console(quiet=True))
+    return root
+
+
+@pytest.fixture
+def source(whole, tmp_path) -> Path:
+    """May be changed."""
+    return Path(shutil.copytree(whole / "src", tmp_path / "src"))
+
+
+def check(path: Path, **options) -> tuple[bool, str]:
+    """Whether it is whole, and what was printed."""
+    console = Console(file=io.StringIO(), width=250)
+    good = verify(path, deep=True, console=console, **options)
+    return good, console.file.getvalue()
+
+
+def cells(text: str) -> list[str]:
+    """What the table's only row says of structure, checksums, decoding and source."""
+    (line,) = [line for line in text.splitlines() if line.startswith("│")]
+    return [cell.strip() for cell in line.strip("│").split("│")][3:]
+
+
+def change_manifest(root: Path, change: Callable[[dict], None]) -> None:
+    raw = json.loads((root / "manifest.json").read_text())
+    change(raw["splits"]["train"])
+    (root / "manifest.json").write_text(json.dumps(raw, indent=1, sort_keys=True) + "\n")
+
+
+# --- the source ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_the_source_is_found_where_it_is_now(whole, source, to):
+    good, text = check(whole / to, source=str(source))
+    assert good
+    assert cells(text) == ["ok"] * 4
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_source_that_is_gone_is_said_and_is_nothing_wrong(source, tmp_path, to):
+    convert(str(source), tmp_path / "out", to, max_skipped=0.5, console=Console(quiet=True))
+    source.rename(tmp_path / "elsewhere")
+    good, text = check(tmp_path / "out")
+    assert good
+    assert cells(text)[:3] == ["ok"] * 3
+    assert cells(text)[3].startswith(f"{GONE}{source}: no such directory")
+    assert cells(text)[3].endswith("--source says where it is now")
+    with pytest.raises(DataError, match="no such"):
+        check(tmp_path / "out", source=str(source))
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_an_image_that_was_replaced_in_the_source_is_found_by_its_pixels(whole, source, to):
+    smooth(99, 80, 70).save(source / "a" / "03.jpg", quality=85)
+    smooth(98, 60, 70).save(source / "c" / "05.jpg", quality=85)
+    (source / "b" / "07.jpg").write_text("damaged since")
+    good, text = check(whole / to, source=str(source))
+    assert not good
+    assert cells(text) == ["ok", "ok", "ok", "3 problems"]
+    assert "(a/03.jpg): not the image of its source (PSNR " in text
+    assert "(c/05.jpg): its source gives another size: 60 x 70, not 80 x 70" in text
+    assert "(b/07.jpg): its source cannot be converted any more: not an image" in text
+    assert "the source is not what they were made of" in text
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_entries_that_came_went_or_moved_are_named(whole, source, to):
+    (source / "c" / "11.jpg").rename(source / "c" / "12.jpg")
+    good, text = check(whole / to, source=str(source))
+    assert not good
+    assert "image 11 (c/11.jpg): that entry of its source is c/12.jpg" in text
+    assert cells(text)[3] == "1 problem"
+    smooth(5, 40, 70).save(source / "c" / "13.jpg")
+    assert "made of 12 entries, but its source has 13" in check(whole / to, source=str(source))[1]
+    (source / "a" / "00.jpg").unlink()
+    (source / "c" / "13.jpg").unlink()
+    good, text = check(whole / to, source=str(source))
+    assert not good
+    assert "made of 12 entries, but its source has 11" in text
+    assert "skipped entry 5 was b/04.jpg, but its source has another there" in text
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_another_label_in_the_source_is_found(whole, source, to):
+    """The directories change their names, and so the classes their numbers, but no file's name is another."""
+    for image in [*(source / "a").iterdir(), *(source / "c").iterdir()]:
+        image.rename(image.with_name("x" + image.name))
+    good, text = check(whole / to, source=str(source))
+    assert not good
+    (source / "a").rename(source / "d")
+    good, text = check(whole / to, source=str(source))
+    assert "its source has other classes than manifest.json says" in text
+
+
+def test_labels_that_were_changed_with_all_checksums_are_found_by_the_source(whole, tmp_path):
+    root = Path(shutil.copytree(whole / "ffcv", tmp_path / "ffcv"))
+    path, index_path = root / "train.beton", root / "train.beton.index.npz"
+    data = bytearray(path.read_bytes())
+    head, row = HEADER.itemsize + len(FIELDS) * FIELD.itemsize, metadata_dtype(FIELDS)
+    rows = np.frombuffer(data, row, 11, head).copy()
+    assert rows["label"][[0, 10]].tolist() == [0, 2]
+    rows["label"][[0, 10]] = [2, 0]
+    data[head : head + rows.nbytes] = rows.tobytes()
+    path.write_bytes(data)
+    index = read_index_file(index_path)
+    table = len(data) - 11 * ALLOCATION.itemsize
+    digest = hashlib.sha256(data[: head + rows.nbytes] + data[table:]).hexdigest()
+    write_index_file(index_path, index.crc32, map(index.name, range(11)), digest)
+    sealed = hashlib.sha256(index_path.read_bytes()).hexdigest()
+    change_manifest(root, lambda record: record.update(index_sha256=sealed))
+    console = Console(file=io.StringIO(), width=250)
+    assert verify(root, console=console), console.file.getvalue()
+    good, text = check(root)
+    assert not good
+    assert "image 0 (a/00.jpg): label 2, but 0 in its source" in text
+    assert "(c/11.jpg): label 0, but 2 in its source" in text
+    assert cells(text) == ["ok", "ok", "ok", "2 problems"]
+
+
+def test_images_that_another_version_of_a_codec_would_write_otherwise_are_like_their_source(whole, tmp_path):
+    """Another quality stands for another version of Pillow."""
+    root = Path(shutil.copytree(whole / "ffcv", tmp_path / "ffcv"))
+    change_manifest(root, lambda record: record["options"].update(quality=92))
+    good, text = check(root)
+    assert good
+    assert "6 images are not what encoding them now would give, but look the same" in text
+    change_manifest(root, lambda record: record["options"].update(quality=5))
+    good, text = check(root)
+    assert not good
+    assert "not the image of its source (PSNR" in text
+
+
+@pytest.mark.parametrize("mode", ["original", "smart", "jpg", "raw"])
+def test_images_of_every_mode_are_compared(source, tmp_path, mode):
+    (source / "a" / "00.jpg").unlink()
+    smooth(0, 40, 70).save(source / "a" / "00.png")
+    convert(str(source), tmp_path / "out", "ffcv", mode=mode, max_skipped=0.5, console=Console(quiet=True))
+    good, text = check(tmp_path / "out")
+    assert good
+    assert cells(text) == ["ok"] * 4
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_resized_images_are_compared(source, tmp_path, to):
+    convert(str(source), tmp_path / "out", to, max_side=72, max_skipped=0.5, console=Console(quiet=True))
+    good, text = check(tmp_path / "out")
+    assert good
+    assert cells(text) == ["ok"] * 4
+
+
+def test_a_file_that_was_taken_without_being_decoded_is_decoded(source, tmp_path):
+    path = source / "a" / "03.jpg"
+    data = path.read_bytes()
+    middle = len(data) * 2 // 3
+    path.write_bytes(data[:middle] + b"\xff\xd9")  # it ends as a whole file does
+    convert(str(source), tmp_path / "out", "webdataset", check="header", max_skipped=0.5, console=Console(quiet=True))
+    good, text = check(tmp_path / "out")
+    assert not good
+    assert cells(text)[:3] == ["ok", "ok", "1 problem"]
+    assert "(a/03.jpg): cannot be decoded" in text
+
+
+# --- the manifest ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"count": 10}, "11 images, but manifest.json says 10"),
+        ({"bytes": 100}, "bytes, but manifest.json says 100"),
+        ({"bytes": "100"}, "what it says of train cannot be"),
+        ({"file": "other.beton"}, r"other.beton"),
+        ({"file": "../train.beton"}, "what it says of train cannot be"),
+        ({"index": "other.npz"}, "the index of train.beton is 'other.npz', expected 'train.beton.index.npz'"),
+        ({"index_sha256": "0" * 64}, "not the one that manifest.json knows"),
+        ({"classes": ["a", "b"]}, "label 2, outside the 2 classes"),
+        ({"classes": ["a", "b", "x"]}, "its source has other classes"),
+        ({"skipped": []}, "do not make up the whole source"),
+        ({"skipped": [{"index": 4, "name": "b/04.jpg", "reason": ""}]}, "do not make up the whole source"),
+        ({"skipped": [{"index": 5, "name": "b/09.jpg", "reason": ""}]}, "skipped entry 5 was b/09.jpg"),
+        ({"skipped": [{"index": 5}]}, "what it says of train cannot be"),
+        ({"skipped": [3]}, "what it says of train cannot be"),
+        ({"options": {"to": "ffcv", "colour": 1}}, "its options or its source are damaged"),
+        ({"options": 1}, "what it says of train cannot be"),
+        ({"source": {"description": "", "labels": None, "split": "train"}}, "its options or its source are damaged"),
+        ({"extra": 1}, "not a manifest written by `convert`"),
+    ],
+)
+def test_a_manifest_that_says_what_is_not_so_is_found(whole, tmp_path, change, message):
+    root = Path(shutil.copytree(whole / "ffcv", tmp_path / "ffcv"))
+    assert not change.keys() - {"extra", *SplitRecord.__slots__}
+    change_manifest(root, lambda record: record.update(change))
+    good, text = check(root)
+    assert not good
+    assert message in text
+
+
+def test_a_manifest_without_any_split_is_refused(whole, tmp_path):
+    root = Path(shutil.copytree(whole / "tensor", tmp_path / "tensor"))
+    raw = json.loads((root / "manifest.json").read_text())
+    raw["splits"] = {}
+    (root / "manifest.json").write_text(json.dumps(raw, indent=1, sort_keys=True) + "\n")
+    with pytest.raises(DataError, match="lists nothing"):
+        check(root)
+
+
+def test_a_flipped_byte_of_the_manifest_never_crashes_and_is_found_where_files_depend_on_it(whole, tmp_path):
+    root = Path(shutil.copytree(whole / "webdataset", tmp_path / "webdataset"))
+    path = root / "manifest.json"
+    before = path.read_bytes()
+    missed = set()
+    for place in range(0, len(before), 3):
+        path.write_bytes(before[:place] + bytes([before[place] ^ 0x01]) + before[place + 1 :])
+        if verify(root, console=Console(quiet=True)):
+            line = before[before.rfind(b"\n", 0, place) + 1 : before.find(b"\n", place)]
+            missed.add(line.decode().split(":")[0].strip().strip('",'))
+    assert not missed & {"format", "splits", "bytes", "count", "file", "index", "index_sha256"}

@@ -1,0 +1,152 @@
+"""The tables and the text of the conversions' benchmark, computed from its record alone."""
+
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tools.loader_report import Sheet, spread
+
+Record = dict[str, Any]  # as bench_convert.py writes it to JSON
+IMAGENET = 1_281_167  # images
+CORES = 16  # of the machine that the hours are for
+LABELS = {
+    "tar": "tar cf, one process",
+    "decode": "Pillow decodes, nothing is kept",
+    "ffcv": "FFCV's own writer: 400 px, q90",
+    "ours-header": "ours: webdataset, original bytes, headers checked",
+    "ours-decode": "ours: webdataset, original bytes, decoded",
+    "ours-ffcv": "ours: ffcv, 400 px, q90",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """`ours` is to take at most `limit` times what `theirs` takes by the clock; `synced`: until the disk has it."""
+
+    ours: str
+    theirs: str
+    synced: bool
+    limit: float
+
+
+GOALS = (
+    Goal("ours-header", "tar", False, 1.5),
+    Goal("ours-header", "tar", True, 1.5),
+    Goal("ours-decode", "decode", False, 1.3),
+    Goal("ours-ffcv", "ffcv", False, 1.0),
+    Goal("ours-ffcv", "ffcv", True, 1.0),
+)
+
+
+def per_image(record: Record, arm: str, *keys: str) -> list[float]:
+    """What an image adds to the sum of these costs, one number a round: that of all images less that of few."""
+    data = record["data"]
+    return [
+        sum(turn["all"][key] - turn["few"][key] for key in keys) / (data["images"] - data["few"])
+        for turn in record["arms"][arm]
+    ]
+
+
+def ratios(record: Record, goal: Goal, key: str = "seconds") -> list[float]:
+    """Ours over theirs, within each round. Ours always waits for the disk."""
+    keys = [key, "sync_s"] if goal.synced else [key]
+    pairs = zip(per_image(record, goal.ours, key), per_image(record, goal.theirs, *keys), strict=True)
+    return [ours / theirs for ours, theirs in pairs]
+
+
+def sheets(record: Record) -> list[Sheet]:
+    found = [_costs(record), _goals(record)]
+    return [sheet for sheet in found if sheet.rows]
+
+
+def _costs(record: Record) -> Sheet:
+    rows = []
+    for arm in record["arms"]:
+        clock, cpu = per_image(record, arm, "seconds"), per_image(record, arm, "cpu_s")
+        synced, size = per_image(record, arm, "seconds", "sync_s"), per_image(record, arm, "bytes")
+        startup = [
+            turn["few"]["seconds"] - record["data"]["few"] * seconds
+            for turn, seconds in zip(record["arms"][arm], clock, strict=True)
+        ]
+        hours = f"{median(cpu) * IMAGENET / CORES / 3600:.2f}" if arm != "tar" else "-"
+        rows.append(
+            (
+                LABELS[arm],
+                spread([1000 * one for one in clock]),
+                spread([1000 * one for one in synced]) if synced != clock else "-",
+                spread([1000 * one for one in cpu]),
+                f"{1 / median(clock):,.0f}",
+                f"{median(size) / 1000:.1f}" if median(size) else "-",
+                f"{median(startup):.2f}",
+                hours,
+            )
+        )
+    columns = (
+        "", "ms an image, by the clock", "and then synced", "CPU-ms an image", "images/s", "KB an image",
+        "s before and after", f"hours for ImageNet, {CORES} cores",
+    )  # fmt: skip
+    return Sheet("What an image adds", columns, rows)
+
+
+def _goals(record: Record) -> Sheet:
+    rows = []
+    for goal in GOALS:
+        if goal.ours in record["arms"] and goal.theirs in record["arms"]:
+            clock = ratios(record, goal)
+            verdict = "yes" if median(clock) <= goal.limit else "NO"
+            theirs = LABELS[goal.theirs] + (", then synced" if goal.synced else "")
+            cpu = spread(ratios(record, goal, "cpu_s")) if not goal.synced else "-"
+            rows.append((LABELS[goal.ours], theirs, spread(clock), f"{goal.limit:g}", verdict, cpu))
+    columns = ("ours", "over", "time by the clock", "at most", "kept", "CPU time")
+    return Sheet("Ours over theirs, within a round", columns, rows)
+
+
+def notes(record: Record) -> list[str]:
+    """How it was measured, in sentences."""
+    options, data = record["options"], record["data"]
+    again = "" if data["distinct"] >= data["images"] else f" (copies of {data['distinct']:,})"
+    bad = f" {data['bad']:,} that cannot be read were left out." if data["bad"] else ""
+    words = [
+        f"{data['images']:,} images{again}, {data['bytes'] / data['images'] / 1000:,.0f} KB each on average, in memory, "
+        f"read from and written to one file system.{bad} {options['workers']} workers, but one process for tar. "
+        f"{options['rounds']} rounds; in each, every arm has one turn, in a new random order, in a process of its own.",
+        f"A turn is two runs, of {data['few']:,} images and of all; the figures are the difference, for each image "
+        "more. So what does not grow with the images is not counted, on any side: starting processes, what a conversion "
+        'tries beforehand, renaming. It is the column "s before and after". Numbers are the median over the rounds '
+        "and, in brackets, the range; ratios are taken within a round. Times by the clock depend on what else the "
+        f"machine does: other processes used {record['others_share']:.0%} of its CPU time meanwhile.",
+        "Ours is timed until its files are on the disk under their names. tar and FFCV's writer do not wait for the "
+        "disk; their second column is with an fsync of the file.",
+        f"The hours are the CPU time of {IMAGENET:,} such images divided by {CORES} cores: it is assumed that the work "
+        "spreads over them without loss, and that the disk keeps up.",
+    ]
+    words += [f"Left out: {arm}: {reason}." for arm, reason in record["left_out"].items()]
+    return words
+
+
+def print_report(record: Record, console: Console) -> None:
+    for sheet in sheets(record):
+        table = Table(*sheet.columns, title=sheet.title, title_justify="left")
+        for row in sheet.rows:
+            table.add_row(*row)
+        console.print(table)
+    for arm, reason in record["left_out"].items():
+        console.print(f"left out: {arm}: {reason}", markup=False, highlight=False, soft_wrap=True)
+
+
+def markdown(record: Record) -> str:
+    machine = "; ".join(f"{key} {value}" for key, value in record["machine"].items())
+    lines = [f"# What conversions cost, CPU, {record['date']}", ""]
+    for text in (*notes(record), f"Machine: {machine}."):
+        lines += [text, ""]
+    for sheet in sheets(record):
+        lines += [f"## {sheet.title}", "", _line(sheet.columns), _line(("---",) * len(sheet.columns))]
+        lines += [*map(_line, sheet.rows), ""]
+    return "\n".join(lines)
+
+
+def _line(cells: tuple[str, ...]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

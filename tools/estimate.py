@@ -1,0 +1,140 @@
+"""What a conversion will take, told from some of its images before it begins: size, time, loss of quality."""
+
+import io
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from pipelines.beton import JPG
+from pipelines.images import BadImage
+from tools.encode import Options, Skipped, encode, lossy, prepare
+from tools.image_sets.image_set import ImageSet
+from tools.quality import psnr, ssim
+
+SAMPLES = 200  # images that are tried of each split
+TABLES = 100  # bytes an image takes in tables and padding, about
+MARGIN = 1.02  # of the expected size that must be free
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    stored: int  # bytes; 0 where the image cannot be read
+    seconds: float  # to read and encode it
+    loss: tuple[float, float] | None  # PSNR (dB) and SSIM against the image before it was encoded; None: no loss
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Of one split with `images` images still to be done."""
+
+    images: int
+    stored: float  # bytes they will take
+    error: float  # of that, one standard deviation
+    seconds: float  # with all workers
+    tried: int
+    unreadable: int  # of those that were tried
+    psnr: float | None  # dB, mean of those that were encoded with loss; None where none was
+    ssim: float | None
+
+
+def sample_image(images: ImageSet, options: Options, i: int) -> Sample:
+    """Encodes the set's entry `i` and compares what came of it with what went in."""
+    begin = time.perf_counter()
+    one = encode(images, options, i)
+    seconds = time.perf_counter() - begin
+    if isinstance(one, Skipped):
+        return Sample(0, seconds, None)
+    loss = None
+    if lossy(options) and int(one.row["mode"]) == JPG and one.data[:2] == b"\xff\xd8":
+        found = images.read(i)
+        if found != one.data:
+            loss = _loss(found, options, one.data)
+    return Sample(len(one.data), seconds, loss)
+
+
+def _loss(found: bytes | np.ndarray, options: Options, data: bytes) -> tuple[float, float] | None:
+    try:
+        before = np.asarray(prepare(found, options)[0])
+    except BadImage:  # it was readable a moment ago
+        return None
+    with Image.open(io.BytesIO(data)) as image:
+        after = np.asarray(image.convert("RGB"))
+    return psnr(before, after), ssim(before, after)
+
+
+def spread(order: np.ndarray, count: int = SAMPLES) -> list[int]:
+    """Up to `count` of the entries, evenly spread."""
+    places = np.unique(np.linspace(0, len(order) - 1, min(count, len(order))).astype(int))
+    return [int(order[place]) for place in places]
+
+
+def estimate(samples: Sequence[Sample], images: int, workers: int, fixed: int) -> Estimate:
+    """For `images` images like the samples, and `fixed` bytes that the format takes by itself."""
+    sizes = np.array([sample.stored + TABLES * (sample.stored > 0) for sample in samples], float)
+    losses = np.array([sample.loss for sample in samples if sample.loss is not None]).reshape(-1, 2)
+    seconds = float(np.mean([sample.seconds for sample in samples]))
+    return Estimate(
+        images=images,
+        stored=fixed + float(sizes.mean()) * images,
+        error=float(sizes.std(ddof=1) / len(sizes) ** 0.5) * images if len(sizes) > 1 else 0.0,
+        seconds=seconds * images / workers,
+        tried=len(samples),
+        unreadable=sum(sample.stored == 0 for sample in samples),
+        psnr=float(losses[np.isfinite(losses[:, 0]), 0].mean()) if np.isfinite(losses[:, 0]).any() else None,
+        ssim=float(losses[:, 1].mean()) if len(losses) else None,
+    )
+
+
+def free_bytes(directory: Path) -> int:
+    """Free where `directory` is or will be."""
+    place = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    return shutil.disk_usage(place).free
+
+
+def fits(estimates: Sequence[Estimate], free: int) -> bool:
+    return sum(one.stored for one in estimates) * MARGIN <= free
+
+
+def show_estimates(estimates: dict[str, Estimate], free: int, workers: int, console: Console) -> None:
+    """One table: what each split will take, and what there is."""
+    tried = sum(one.tried for one in estimates.values())
+    table = Table(title=f"expected, from {tried:,} images", title_justify="left", show_footer=len(estimates) > 1)
+    total = sum(one.stored for one in estimates.values())
+    seconds = sum(one.seconds for one in estimates.values())
+    table.add_column("split", footer="together")
+    table.add_column("images", justify="right", footer=f"{sum(one.images for one in estimates.values()):,}")
+    table.add_column("size", justify="right", footer=size_text(total))
+    table.add_column(f"time, {workers} of {os.cpu_count()} cores", justify="right", footer=time_text(seconds))
+    table.add_column("quality of what is encoded anew")
+    table.add_column("unreadable", justify="right")
+    for split, one in estimates.items():
+        size = f"{size_text(one.stored)} ± {100 * one.error / max(one.stored, 1):.0f} %"
+        loss = "nothing is" if one.ssim is None else "equal"
+        if one.psnr is not None:
+            loss = f"PSNR {one.psnr:.1f} dB, SSIM {one.ssim:.4f}"
+        unreadable = f"{one.unreadable} of {one.tried}"
+        table.add_row(split, f"{one.images:,}", size, time_text(one.seconds), loss, unreadable)
+    console.print(table)
+    console.print(f"free there: {size_text(free)}")
+
+
+def size_text(number: float) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= scale:
+            return f"{number / scale:,.1f} {unit}"
+    return f"{number:.0f} bytes"
+
+
+def time_text(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 1 else "under 1 s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes / 60:.1f} h"

@@ -1,0 +1,236 @@
+"""Files in directories, wherever they lie: on a disk, in tar files, in a zip. What they mean: see layouts.py."""
+
+import stat
+from array import array
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.images import (
+    HIDDEN,
+    IMAGE_SUFFIXES,
+    NO_SUFFIX,
+    BadImage,
+    _images_under,
+    _in_parts,
+    class_directories,
+    read_file,
+)
+from ressl.batch import DataError
+from tools.image_sets.members import REPLACED, UNREADABLE, MemberFiles, Members, join, stamp_of
+from tools.image_sets.tar_members import is_tar, list_tar
+from tools.image_sets.zip_members import is_zip, list_zip
+
+MAX_TEXT = 1 << 28  # bytes of a file that is read as text
+SPLITS = ("train", "val", "valid", "test")
+NOT_OURS = ("__MACOSX",)  # a directory that a Mac puts into its zip files, full of hidden files
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The N images under a directory, sorted by name, directory by directory."""
+
+    names: tuple[str, ...]  # (N,) relative to the directory, with `/`
+    read: Callable[[int], bytes]  # the whole file; raises BadImage
+    stamp: Callable[[int], tuple[int, int]]  # bytes and mtime (ns) of what holds it; (-1, -1) where that is gone
+    ignored: dict[str, int]  # what else was there, as in pipelines.images
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """Directories are named relative to the top, with `/`; "" is the top. Hidden ones are not there."""
+
+    kind: str  # "image folder", "tar file", ...
+    place: str
+    directories: Callable[[str], tuple[str, ...]]  # names of those directly in a directory, sorted
+    images: Callable[[str], Listing]  # those in a directory, at any depth
+    images_in: Callable[[str], Listing]  # those directly in it
+    text: Callable[[str], str | None]  # a whole file, None where there is none; raises DataError
+    identity: str = ""  # of the archives: see ImageSet
+
+
+def beside(directory: str, name: str) -> str:
+    """The path of `name` in a directory of a tree."""
+    return f"{directory}/{name}" if directory else name
+
+
+# --- on a disk -------------------------------------------------------------------------------------------------------
+
+
+def directory_tree(root: Path) -> Tree:
+    """Nothing is listed before it is asked for, and no file is opened or stat-ed; links are followed, loops are not."""
+    return Tree(
+        kind="image folder",
+        place=str(root),
+        directories=lambda directory: class_directories(root / directory),
+        images=partial(_list_directory, root, deep=True),
+        images_in=partial(_list_directory, root, deep=False),
+        text=partial(_text_file, root),
+    )
+
+
+def _list_directory(root: Path, directory: str, deep: bool) -> Listing:
+    base, ignored = root / directory, Counter[str]()
+    try:
+        names = tuple(sorted(_images_under(base, "", ignored, deep), key=_in_parts))
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be listed: {error.strerror}") from None
+    return Listing(
+        names=names,
+        read=lambda i: read_file(base / names[i]),
+        stamp=lambda i: stamp_of(base / names[i]),
+        ignored=dict(sorted(ignored.items())),
+    )
+
+
+def _text_file(root: Path, name: str) -> str | None:
+    return read_text(root / name) if (root / name).exists() else None
+
+
+def read_text(path: Path) -> str:
+    """A file of text in UTF-8, line feeds and a byte order mark as they come; other bytes as surrogates, as in names
+    of files. Raises DataError."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # before opening, as that would wait for whoever writes to a FIFO
+            raise DataError(f"{path}: not a regular file; give a file of text")
+        if status.st_size > MAX_TEXT:
+            raise DataError(f"{path}: {status.st_size:,} bytes, over the limit of {MAX_TEXT:,} for a file of text")
+        return path.read_bytes().decode("utf-8-sig", "surrogateescape")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from None
+
+
+# --- in archives -----------------------------------------------------------------------------------------------------
+
+
+def list_archive(path: Path) -> Members | None:
+    """The members of a tar or zip file, told by how it begins; None for any other file. Raises DataError."""
+    if is_zip(path):
+        return list_zip(path)
+    return list_tar(path) if is_tar(path) else None
+
+
+def merge_archives(archives: dict[Path, Members]) -> Members:
+    """The members of several archives under one top.
+
+    One that is named after a split, or that has no directories, becomes a directory named after it; the directories of
+    all others come together. So `train.zip` and `val.zip` are two splits, a tar file for each class are classes, and a
+    set that was packed in parts is whole again.
+    """
+    parts = []
+    for path, members in archives.items():
+        if path.stem in SPLITS or not any("/" in name for name in members.names):
+            names = tuple(f"{path.stem}/{name}" for name in members.names)
+            directories = (path.stem, *(f"{path.stem}/{name}" for name in members.directories))
+            members = replace(members, names=names, directories=directories)
+        parts.append(members)
+    return join(parts)
+
+
+def identity_of(members: Members) -> str:
+    """Name, bytes and mtime (ns) of each archive."""
+    each = dict(zip(members.archives, members.stamps, strict=True))
+    return "; ".join(f"{path.name} {size} {mtime}" for path, (size, mtime) in each.items())
+
+
+@dataclass(frozen=True, slots=True)
+class _Sorted:
+    """The N members of a tree in its order."""
+
+    names: tuple[str, ...]  # (N,)
+    numbers: np.ndarray  # (N,) int64, their places in `files.members`
+    kinds: bytes  # (N,)
+    files: MemberFiles
+
+
+def member_tree(kind: str, place: Path, members: Members) -> Tree:
+    """Where two members have one name the later one counts, as if the archive had been unpacked."""
+    order = sorted(range(len(members.names)), key=list(map(_in_parts, members.names)).__getitem__)
+    names = tuple(map(members.names.__getitem__, order))
+    numbers = np.array(order, np.int64)
+    kinds = members.kind[numbers]
+    kinds[[i for i in range(len(names) - 1) if names[i] == names[i + 1]]] = REPLACED
+    files = MemberFiles(replace(members, names=()))  # these here are the ones that count
+    found = _Sorted(names, numbers, kinds.tobytes(), files)
+    return Tree(
+        kind=kind,
+        place=str(place),
+        directories=partial(_member_directories, found),
+        images=partial(_list_members, found, deep=True),
+        images_in=partial(_list_members, found, deep=False),
+        text=partial(_member_text, found),
+        identity=identity_of(members),
+    )
+
+
+def _span(names: tuple[str, ...], directory: str, low: int = 0) -> tuple[int, int]:
+    """Where the names under a directory begin and end."""
+    if not directory:
+        return 0, len(names)
+    start = _in_parts(directory)
+    low = bisect_left(names, start + "\0", low, key=_in_parts)
+    return low, bisect_left(names, start + "\1", low, key=_in_parts)
+
+
+def _member_directories(found: _Sorted, directory: str) -> tuple[str, ...]:
+    prefix = directory + "/" if directory else ""
+    at, end = _span(found.names, directory)
+    names = set()
+    while at < end:
+        name, slash, _ = found.names[at][len(prefix) :].partition("/")
+        if slash:
+            names.add(name)
+            _, at = _span(found.names, prefix + name, at)
+        else:
+            at += 1
+    listed = (name[len(prefix) :] for name in found.files.members.directories if name.startswith(prefix))
+    names.update(name.partition("/")[0] for name in listed if name)
+    return tuple(sorted(name for name in names if name[0] != "." and name not in NOT_OURS))
+
+
+def _list_members(found: _Sorted, directory: str, deep: bool) -> Listing:
+    cut = len(directory) + 1 if directory else 0
+    names: list[str] = []
+    chosen = array("q")
+    ignored = Counter[str]()
+    for i in range(*_span(found.names, directory)):
+        name = found.names[i][cut:]
+        parent, slash, last = name.rpartition("/")
+        if slash and (not deep or name[0] == "." or "/." in parent or name.startswith(NOT_OURS)):
+            continue
+        dot = last.rfind(".")
+        suffix = last[dot:].lower() if dot > 0 else ""
+        if last.startswith("."):
+            ignored[HIDDEN] += 1
+        elif suffix not in IMAGE_SUFFIXES:
+            ignored[suffix or NO_SUFFIX] += 1
+        elif found.kinds[i] in UNREADABLE:
+            ignored[UNREADABLE[found.kinds[i]]] += 1
+        else:
+            names.append(name)
+            chosen.append(i)
+    members = found.files.members
+    numbers = found.numbers[np.array(chosen, np.int64)]
+    return Listing(
+        names=tuple(names),
+        read=lambda i: found.files.read(int(numbers[i])),
+        stamp=lambda i: stamp_of(members.archives[members.archive[numbers[i]]]),
+        ignored=dict(sorted(ignored.items())),
+    )
+
+
+def _member_text(found: _Sorted, name: str) -> str | None:
+    i = bisect_right(found.names, _in_parts(name), key=_in_parts) - 1  # the last of several
+    if i < 0 or found.names[i] != name or found.kinds[i] in UNREADABLE:
+        return None
+    member = int(found.numbers[i])
+    try:
+        return found.files.read(member).decode("utf-8-sig", "surrogateescape")
+    except BadImage as bad:
+        raise DataError(f"{found.files.members.archives[found.files.members.archive[member]]}: {name}: {bad}") from None
