@@ -3,7 +3,7 @@
 # For `make gpu` on a host without network, where no .venv can be made.
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 
-.PHONY: help setup quickstart test check format gpu bench bench-loaders
+.PHONY: help setup quickstart test check format gpu bench bench-loaders bench-convert
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make gpu IMAGES=FOLDER   the tests that need a GPU, then the benchmarks, with PYTHON ($(PYTHON)) as it is"
 	@echo "make bench        time the parts of the quickstart's step, on its data, with PYTHON as it is"
 	@echo "make bench-loaders IMAGES=FOLDER   what our loaders cost beside others', on a folder of images or a .tar of one"
+	@echo "make bench-convert IMAGES=FOLDER   what our conversions cost beside tar, decoding and FFCV's writer, likewise"
 	@echo "make setup        only the set-up: .venv with PYTHON, if given, or a Python 3.12 or 3.11 that is found"
 
 setup:
@@ -50,3 +51,7 @@ bench:
 bench-loaders:
 	@[ -n "$(IMAGES)" ] || { echo "make bench-loaders: say which images: make bench-loaders IMAGES=FOLDER, or a .tar of one"; exit 2; }
 	@$(PYTHON) -m tools.bench_loaders "$(IMAGES)" $(OPTIONS)
+
+bench-convert:
+	@[ -n "$(IMAGES)" ] || { echo "make bench-convert: say which images: make bench-convert IMAGES=FOLDER, or a .tar of one"; exit 2; }
+	@$(PYTHON) -m tools.bench_convert "$(IMAGES)" $(OPTIONS)

@@ -193,7 +193,8 @@ def copy_images(files: Path, all_images: Path, few_images: Path, count: int) -> 
             bad += 1
     if not paths:
         raise DataError(f"{files}: none of the {bad:,} images can be read")
-    for folder, chosen in ((all_images, range(count)), (few_images, range(0, FEW * (count // FEW), count // FEW))):
+    step = max(1, len(paths) // FEW)
+    for folder, chosen in ((all_images, range(count)), (few_images, range(0, FEW * step, step))):
         for i in chosen:
             source, again = files / paths[i % len(paths)], i // len(paths)
             to = folder / source.relative_to(files).parent / f"{again}-{source.name}"
@@ -246,7 +247,11 @@ def bench(arguments: argparse.Namespace, console: Console) -> Record:
     with tempfile.TemporaryDirectory(dir=prepared.root, prefix="convert-") as directory:
         place = Path(directory)
         console.print(f"copying {arguments.count:,} images, and trying each")
-        distinct, bad = copy_images(prepared.root / "files", place / "all", place / "few", arguments.count)
+        try:
+            distinct, bad = copy_images(prepared.root / "files", place / "all", place / "few", arguments.count)
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise DataError(f"{error.filename or place}: {reason}; is there room in {arguments.work}?") from None
         size = sum(path.stat().st_size for path in (place / "all").rglob("*") if path.is_file())
         before, started = machine_cpu_seconds(), time.perf_counter()
         arms = [arm for arm in ARMS if arm not in left_out]

@@ -10,7 +10,8 @@ import mmap
 import os
 import signal
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -98,14 +99,19 @@ class Crew:
         self.at[:] = NOTHING
         self.connections: list[Connection] = []
         self.processes: list[BaseProcess] = []
-        for number in range(count):
-            ours, theirs = context.Pipe()
-            self.connections.append(ours)
-            arguments = (theirs, list(self.connections), os.getpid(), sets, options, self.at[number])
-            process = context.Process(target=_work, args=arguments, daemon=True, name=f"convert-{number}")
-            process.start()
-            theirs.close()
-            self.processes.append(process)
+        try:
+            with _interrupts_held_back():
+                for number in range(count):
+                    ours, theirs = context.Pipe()
+                    self.connections.append(ours)
+                    arguments = (theirs, list(self.connections), os.getpid(), sets, options, self.at[number])
+                    process = context.Process(target=_work, args=arguments, daemon=True, name=f"convert-{number}")
+                    process.start()
+                    theirs.close()
+                    self.processes.append(process)
+        except BaseException:
+            self.__exit__()
+            raise
 
     def __enter__(self) -> "Crew":
         return self
@@ -113,8 +119,9 @@ class Crew:
     def __exit__(self, *_: object) -> None:
         for process in self.processes:
             process.kill()
-        for process, connection in zip(self.processes, self.connections, strict=True):
+        for process in self.processes:
             process.join()
+        for connection in self.connections:
             connection.close()
 
     def send(self, worker: int, task: Task) -> None:
@@ -158,6 +165,17 @@ class Crew:
         hint = " (out of memory?)" if code == -signal.SIGKILL else ""
         image = self._image_of(worker)
         return WorkerDied(f"worker {worker} of the conversion {how}{hint}{f' at {image}' if image else ''}")
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Ctrl-C waits. Python forgets one that comes amid what it does itself around a fork; and workers, which keep it
+    blocked, would die of it before they can ignore it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _work(

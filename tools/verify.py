@@ -13,7 +13,7 @@ from ressl.batch import DataError
 from tools.estimate import size_text
 from tools.journal import PART
 from tools.verify_content import check_content, content_bytes
-from tools.verify_layout import BETON, TENSORS, open_stored, total_bytes
+from tools.verify_layout import BETON, TENSORS, Stored, open_stored, total_bytes
 from tools.verify_report import Report, print_reports
 from tools.verify_source import Source, find_source
 
@@ -23,6 +23,13 @@ class Target:
     title: str
     path: Path  # a data file, or a directory of shards
     record: SplitRecord | None  # None where no manifest lists it
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    report: Report
+    stored: Stored | None  # None where the tables cannot be understood
+    source: Source | None  # what each image is compared with
 
 
 def verify(
@@ -44,11 +51,11 @@ def verify(
     """
     path = Path(path).expanduser()
     manifest_report = Report(NAME)
-    targets = _find_targets(path, manifest_report)
-    reports = [Report(target.title) for target in targets]
+    checks = [_open(target, deep, source, labels) for target in _find_targets(path, manifest_report)]
     begin = time.monotonic()
-    for target, report in zip(targets, reports, strict=True):
-        _check(target, report, deep=deep, source=source, labels=labels, workers=workers, console=console)
+    for check in checks:
+        _read(check, deep, workers, console)
+    reports = [check.report for check in checks]
     if manifest_report.counts:
         manifest_report.leave("the manifest is damaged", "checksums", "decoding", "source")
         reports.append(manifest_report)
@@ -119,27 +126,24 @@ def _is_sound(record: SplitRecord) -> bool:
     )
 
 
-def _check(
-    target: Target,
-    report: Report,
-    *,
-    deep: bool,
-    source: str | None,
-    labels: Path | None,
-    workers: int,
-    console: Console,
-) -> None:
+def _open(target: Target, deep: bool, source: str | None, labels: Path | None) -> Check:
+    """Checks what the tables tell, and finds the source: all that a person's mistake can be in comes before reading."""
+    report = Report(target.title)
     if not deep:
         report.leave("--deep does it", "decoding", "source")
     report.totals["bytes"] = total_bytes(target.path)
-    stored = open_stored(target.path, target.record, report)
+    stored, found = open_stored(target.path, target.record, report), None
+    if stored is not None and deep and target.record is None:
+        report.leave(f"no {NAME} says what it was made of", "source")
+    elif stored is not None and deep and target.record is not None:
+        found = find_source(stored, target.record, source, labels, report)
+    return Check(report, stored, found)
+
+
+def _read(check: Check, deep: bool, workers: int, console: Console) -> None:
+    stored, report = check.stored, check.report
     if stored is None:
         return
-    found: Source | None = None
-    if deep and target.record is not None:
-        found = find_source(stored, target.record, source, labels, report)
-    elif deep:
-        report.leave(f"no {NAME} says what it was made of", "source")
     columns = ("{task.description}", BarColumn(), "{task.percentage:>3.0f} %", "{task.fields[rate]}")
     begin, images = time.monotonic(), 0
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
@@ -153,4 +157,4 @@ def _check(
             speed = f"{images / seconds:,.0f} images/s, {report.totals['read'] / seconds / 1e9:.2f} GB/s"
             progress.update(task, advance=size, rate=speed)
 
-        check_content(stored, report, deep=deep, source=found, workers=workers, advance=advance)
+        check_content(stored, report, deep=deep, source=check.source, workers=workers, advance=advance)

@@ -8,6 +8,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -39,7 +40,7 @@ class Work:
     deep: bool
     source: Source | None  # what each image is compared with
     kind: np.ndarray  # (N,) uint8, an entry of SUFFIXES, noted for the index files of DALI
-    large: threading.Lock
+    large: threading.Lock  # held by the thread that reads a large image, so that memory is bounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +225,7 @@ def _check_image(
     """Its problems, and whether it is like its source, but not to the bit."""
     if whole is not None:
         return _check_bytes(work, i, whole[start - whole_start : stop - whole_start])
-    with work.large if stop - start > LARGE else threading.Lock():
+    with work.large if stop - start > LARGE else nullcontext():
         try:
             return _check_bytes(work, i, memoryview(_pread(handle, start, stop)))
         except OSError as error:

@@ -1,10 +1,12 @@
 """A converted data set against what it was made of: entry by entry, by name, label and content."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from pipelines.beton import RAW
 from pipelines.images import BadImage, decode_image
@@ -29,27 +31,34 @@ class Source:
     same: np.ndarray  # (N,) bool, the stored images whose entry in the source has their name
 
 
+@dataclass(frozen=True, slots=True)
+class _Noted:
+    """What the manifest says of the source."""
+
+    place: str
+    labels: str | None
+    split: str
+
+
 def find_source(
     stored: Stored, record: SplitRecord, given: str | None, labels: Path | None, report: Report
 ) -> Source | None:
     """The source that the manifest names, or that is `given`, after its entries were compared with the tables; None
     where it cannot be compared, for a reason that is reported. Raises DataError where the one `given` is none."""
-    place = given or record.source.get("place")
     try:
-        options = Options(**record.options)
-        if not isinstance(place, str):
-            raise TypeError
-    except TypeError:
+        options = TypeAdapter(Options).validate_json(json.dumps(record.options), strict=True)
+        noted = TypeAdapter(_Noted).validate_json(json.dumps(record.source), strict=True)
+    except ValidationError:
         report.add("structure", "manifest.json: its options or its source are damaged")
         report.leave("the manifest is damaged", "source")
         return None
-    noted = record.source.get("labels")
+    place = given or noted.place
     try:
-        origin = detect(place, labels or (Path(noted) if noted else None))
-        split = record.source.get("split")
-        if split not in origin.sets:
-            raise DataError(f"{place}: has no split {split!r}, only {', '.join(origin.sets)}")
-        images = origin.sets[split]()
+        origin = detect(place, labels or (Path(noted.labels) if noted.labels else None))
+        if noted.split not in origin.sets:
+            report.leave(f"{place} has no split {noted.split}, only {', '.join(origin.sets)}", "source")
+            return None
+        images = origin.sets[noted.split]()
     except DataError as error:
         if given:
             raise

@@ -254,6 +254,11 @@ def test_the_longer_side_is_fitted_and_small_images_stay(shape, expected):
     assert fit_max_side(image, None) is image
 
 
+def test_shrinking_is_what_pillow_calls_bicubic():
+    theirs = Image.fromarray(picture(300, 401)).resize((200, 150), Image.Resampling.BICUBIC)
+    assert np.abs(fit_max_side(picture(300, 401), 200).astype(int) - np.asarray(theirs)).max() <= 1
+
+
 def test_shrinking_averages_instead_of_picking_pixels():
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2] = 255

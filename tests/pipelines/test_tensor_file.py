@@ -1,3 +1,5 @@
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,8 @@ from pipelines.tensor_file import FORMAT, read_tensor_file
 from ressl.batch import DataError
 from tools.beton_writer import EncodedSample
 from tools.output import atomic_output
-from tools.tensor_writer import write_tensors_to
+from tools.rows import PLACE, ROW
+from tools.tensor_writer import TensorLayout, finish_tensors, write_tensors_to
 
 SIZES = [(5, 7), (1, 1), (2, 33), (40, 3)]
 CLASSES = ("cat", "chêne")
@@ -46,6 +49,24 @@ def test_images_of_any_sizes_are_read_back(path, images):
     for i, image in enumerate(images):
         start = int(data.offset[i])
         assert np.array_equal(data.pixels[start : start + image.size].numpy().reshape(image.shape), image)
+
+
+def test_room_for_the_header_of_all_images_is_kept_and_the_digest_is_of_all_but_the_pixels(tmp_path, images):
+    rows, places, layout = np.zeros(4, ROW), np.zeros(4, PLACE), TensorLayout(1000, CLASSES)
+    rows["index"], rows["size"], rows["original"] = range(4), SIZES, SIZES
+    path = tmp_path / "a.safetensors"
+    with path.open("w+b") as file:
+        for i, image in enumerate(images):
+            places[i] = layout.place(i, image.size)
+            file.seek(places[i]["offset"])
+            file.write(image.tobytes())
+        digest = finish_tensors(file, layout, rows, places)
+    content, pixels = path.read_bytes(), b"".join(image.tobytes() for image in images)
+    start = 8 + int.from_bytes(content[:8], "little")
+    assert content[start : start + len(pixels)] == pixels
+    assert digest == hashlib.sha256(content[:start] + content[start + len(pixels) :]).hexdigest()
+    assert layout.start == start
+    assert read_tensor_file(path).size.tolist() == [list(size) for size in SIZES]
 
 
 def test_every_row_can_be_read_as_wide_as_the_widest_image(path):

@@ -1,12 +1,14 @@
+import hashlib
 import io
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.beton import JPG, RAW, open_beton
+from pipelines.beton import ALLOCATION, FIELD, FIELDS, HEADER, JPG, RAW, metadata_dtype, open_beton
 from ressl.batch import DataError
-from tools.beton_writer import EncodedSample, write_beton
+from tools.beton_writer import BetonLayout, EncodedSample, finish_beton, write_beton
+from tools.rows import PLACE, ROW
 
 MIB = 1 << 20
 
@@ -67,6 +69,22 @@ def test_no_sample_crosses_a_page_and_large_ones_enlarge_the_page(tmp_path):
     beton = open_beton(path)  # refuses data that crosses a page
     assert beton.page_size == 8 * MIB
     assert beton.data_size.tolist() == lengths
+
+
+def test_the_digest_of_the_tables_is_that_of_all_but_the_data(tmp_path):
+    rows, places, layout = np.zeros(3, ROW), np.zeros(3, PLACE), BetonLayout(10, page_size=2 * MIB)
+    rows["index"], rows["length"], rows["size"], rows["original"] = range(3), 100, 4, 4
+    for i in range(3):
+        places[i] = layout.place(i, 100)
+    path = tmp_path / "a.beton"
+    with path.open("w+b") as file:
+        digest = finish_beton(file, layout, rows, places)
+    beton, content = open_beton(path), path.read_bytes()
+    head = HEADER.itemsize + len(FIELDS) * FIELD.itemsize + 3 * metadata_dtype(FIELDS).itemsize
+    table = content[-3 * ALLOCATION.itemsize :]
+    assert digest == hashlib.sha256(content[:head] + table).hexdigest()
+    assert not any(content[head : -len(table)])
+    assert beton.data_ptr.tolist() == [2 * MIB, 2 * MIB + 100, 2 * MIB + 200]
 
 
 def test_an_interrupted_writer_leaves_nothing_and_keeps_the_older_file(tmp_path):

@@ -6,12 +6,14 @@ Converters are forked off the tests, so a kill costs no imports.
 import io
 import os
 import re
+import shutil
 import signal
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -26,6 +28,7 @@ from tools.estimate import spread
 from tools.journal import JOURNAL, PART
 
 KILLS = 10
+DEAD = 17  # exit status
 IMAGES = 960  # 60 chunks: ten kills must not reach the end
 OPTIONS = {
     "ffcv": {"mode": "smart", "max_side": 120},
@@ -47,8 +50,23 @@ def photos(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture
+def quick(tmp_path) -> Iterator[Path]:
+    """A directory in memory where there is room, as a disk takes its time for every fsync."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK) or shutil.disk_usage(memory).free < 1 << 28:
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=memory) as name:
+        yield Path(name)
+
+
 def contents(root: Path) -> dict[str, bytes]:
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
 
 
 # --- converters in processes of their own ----------------------------------------------------------------------------
@@ -123,10 +141,10 @@ def noted(dst: Path) -> int:
 
 
 @pytest.mark.parametrize("to", list(OPTIONS))
-def test_ten_kills_at_random_moments_leave_the_same_bytes(photos, tmp_path, to):
+def test_ten_kills_at_random_moments_leave_the_same_bytes(photos, tmp_path, quick, to):
     work = partial(convert, str(photos), to=to, workers=2, **OPTIONS[to])
     work(tmp_path / "undisturbed", console=Console(file=io.StringIO()))
-    dst, report = tmp_path / "out", tmp_path / "report"
+    dst, report = quick / "out", tmp_path / "report"
     rng = np.random.default_rng(sorted(OPTIONS).index(to))
     progress, places = [], []
     for kill in range(KILLS):
@@ -142,7 +160,8 @@ def test_ten_kills_at_random_moments_leave_the_same_bytes(photos, tmp_path, to):
             end_of(pid, 5)
             ends = report.read_text().splitlines()[-1]
             found = re.fullmatch(
-                r"WorkerDied: worker [01] of the conversion was killed by SIGKILL \(out of memory\?\)(?: at (.*))?", ends
+                r"WorkerDied: worker [01] of the conversion was killed by SIGKILL \(out of memory\?\)(?: at (.*))?",
+                ends,
             )
             assert found, ends
             places.append(found[1])
@@ -150,7 +169,7 @@ def test_ten_kills_at_random_moments_leave_the_same_bytes(photos, tmp_path, to):
             os.kill(pid, signal.SIGKILL)
             end_of(pid, 5)
         wait_until(lambda: not any(map(alive, workers)), 1, "workers live on without the converter")  # noqa: B023
-        assert os.listdir(dst) == [PART]
+        assert names(dst) == [PART]
         progress.append(noted(dst) - before)
     assert sum(step > 0 for step in progress) >= KILLS // 2, progress
     assert any(re.fullmatch(r"[ab]/\d{3}\.jpg", place or "") for place in places), places
@@ -160,10 +179,10 @@ def test_ten_kills_at_random_moments_leave_the_same_bytes(photos, tmp_path, to):
         assert len(list((dst / "train").glob("*.tar"))) > 2
 
 
-def test_ctrl_c_keeps_what_is_done_and_says_so(photos, tmp_path):
+def test_ctrl_c_keeps_what_is_done_and_says_so(photos, tmp_path, quick):
     work = partial(convert, str(photos), to="ffcv", workers=2, **OPTIONS["ffcv"])
     work(tmp_path / "undisturbed", console=Console(file=io.StringIO()))
-    dst, report = tmp_path / "out", tmp_path / "report"
+    dst, report = quick / "out", tmp_path / "report"
     pid = start(report, note_often, lambda console: work(dst, console=console))
     wait_until(lambda: noted(dst) >= 2 or not alive(pid), 20, "nothing was noted")
     workers = children(pid)
@@ -171,30 +190,34 @@ def test_ctrl_c_keeps_what_is_done_and_says_so(photos, tmp_path):
     end_of(pid, 5)
     *_, kept, ends = report.read_text().splitlines()
     assert ends == "KeyboardInterrupt: "
-    count = re.fullmatch(rf"(\d+) images are kept in {dst / PART}; the same command goes on after them", kept)
-    assert count, kept
-    assert int(count[1]) >= 32
+    found = re.fullmatch(rf"(\d+) images are kept in {dst / PART}; the same command goes on after them", kept)
+    assert found, kept
+    done = -(-int(found[1]) // 16) * 16  # one image of these may be the damaged one
+    assert done >= 32
     assert len(workers) == 2
     wait_until(lambda: not any(map(alive, workers)), 1, "workers live on without the converter")
-    assert os.listdir(dst) == [PART]
+    assert names(dst) == [PART]
     said = io.StringIO()
     work(dst, console=Console(file=said, width=200))
-    assert f"train: 960 images, 2 classes; goes on after {count[1]} of them" in said.getvalue()
+    assert f"train: 960 images, 2 classes; goes on after {done} of them" in said.getvalue()
     assert contents(dst) == contents(tmp_path / "undisturbed")
 
 
-def test_ctrl_c_before_anything_is_done_leaves_nothing(photos, tmp_path):
-    dst, report = tmp_path / "new" / "out", tmp_path / "report"
-    work = partial(convert, str(photos), dst, "ffcv", workers=2)
-    pid = start(report, lambda: note_often(60), lambda console: work(console=console))
-    wait_until(lambda: len(children(pid)) == 2 or not alive(pid), 20, "no workers")
-    os.killpg(pid, signal.SIGINT)
-    end_of(pid, 5)
-    assert report.read_text().splitlines()[-1] == "KeyboardInterrupt: "
-    assert not (tmp_path / "new").exists()
+def test_ctrl_c_before_anything_is_done_leaves_nothing(photos, tmp_path, quick):
+    """Also while it forks, where Python itself forgets it."""
+    dst, report = quick / "new" / "out", tmp_path / "report"
+    work = partial(convert, str(photos), dst, "ffcv", workers=4)
+    for delay in np.linspace(0, 0.01, 12):
+        pid = start(report, lambda: note_often(60), lambda console: work(console=console))
+        wait_until(lambda: len(children(pid)) > 0 or not alive(pid), 20, "no workers")  # noqa: B023
+        time.sleep(delay)
+        os.killpg(pid, signal.SIGINT)
+        end_of(pid, 5)
+        assert report.read_text().splitlines()[-1] == "KeyboardInterrupt: "
+        assert not (quick / "new").exists()
 
 
-def test_workers_that_stand_still_are_told_with_their_images(photos, tmp_path):
+def test_workers_that_stand_still_are_told_with_their_images(photos, tmp_path, quick):
     dst, report = tmp_path / "out", tmp_path / "report"
 
     def prepare() -> None:
@@ -222,25 +245,20 @@ def test_workers_that_stand_still_are_told_with_their_images(photos, tmp_path):
 # --- killed at every system call -------------------------------------------------------------------------------------
 
 
-class _Countdown:
-    """Ends the process at the n-th of the calls that make, move, remove or settle files. A write is half done then."""
+def die_at(call: int) -> None:
+    """This process ends at the n-th of its calls that make, move, remove or settle files. A write is half done then."""
+    note_often(60)
+    owner, calls = os.getpid(), count(1)
 
-    def __init__(self, calls: int) -> None:
-        self.left, self.owner = calls, os.getpid()
-        for name in ("rename", "replace", "fsync", "fdatasync", "mkdir", "rmdir", "unlink", "write"):
-            setattr(os, name, partial(self.call, name, getattr(os, name)))
-
-    def call(self, name: str, real: Callable, *arguments, **options):
-        if os.getpid() == self.owner:  # the workers are not counted
-            self.left -= 1
-            if self.left == 0:
-                if name == "write":
-                    real(arguments[0], arguments[1][: len(arguments[1]) // 2])
-                self.end()
+    def shim(name: str, real: Callable, *arguments, **options):
+        if os.getpid() == owner and next(calls) == call:  # the workers are not counted
+            if name == "write":
+                real(arguments[0], arguments[1][: len(arguments[1]) // 2])
+            os._exit(DEAD)
         return real(*arguments, **options)
 
-    def end(self) -> NoReturn:
-        os._exit(17)
+    for name in ("rename", "replace", "fsync", "fdatasync", "mkdir", "rmdir", "unlink", "write"):
+        setattr(os, name, partial(shim, name, getattr(os, name)))
 
 
 @pytest.fixture(scope="module")
@@ -253,60 +271,49 @@ def two_splits(tmp_path_factory) -> Path:
     return root
 
 
+def standing(root: dict[str, bytes], top: str, new: dict[str, bytes], old: dict[str, bytes]) -> str:
+    """Where an output is: new, old, aside (the old one, waiting to be removed) or missing."""
+    for kind, data, place in (("new", new, ""), ("old", old, ""), ("aside", old, f"{PART}/old/")):
+        whole = {place + name: one for name, one in data.items() if name.split("/")[0] == top}
+        if whole == {name: one for name, one in root.items() if f"{name}/".startswith(f"{place}{top}/")}:
+            return kind
+    return "missing"
+
+
 @pytest.mark.parametrize(
     ("to", "again"), [("ffcv", False), ("tensor", True), ("webdataset", True)], ids=["new", "over older", "directories"]
 )
-def test_a_death_at_any_system_call_loses_neither_the_old_data_nor_the_new(two_splits, tmp_path, to, again):
-    quiet = Console(file=io.StringIO())
-    convert(str(two_splits), tmp_path / "new", to, workers=1, console=quiet)
-    convert(str(two_splits), tmp_path / "old", to, workers=1, max_side=8, console=quiet)
+def test_a_death_at_any_system_call_loses_neither_the_old_data_nor_the_new(two_splits, tmp_path, quick, to, again):
+    said = Console(file=io.StringIO())
+    work = partial(convert, str(two_splits), to=to, workers=1, overwrite=again, console=said)
+    work(dst=tmp_path / "new")
+    work(dst=tmp_path / "old", max_side=8)
     new, old = contents(tmp_path / "new"), contents(tmp_path / "old")
-    tops = {name.split("/")[0] for name in new}
-    assert set(new) == set(old)
-    deaths, moments = 0, set()
-    while True:
-        dst, report = tmp_path / f"out{deaths}", tmp_path / "report"
+    tops = sorted({name.split("/")[0] for name in new})
+    moments = set()
+    for deaths in count():
+        dst, report = quick / "out", tmp_path / "report"
+        shutil.rmtree(dst, ignore_errors=True)
         if again:
-            convert(str(two_splits), dst, to, workers=1, max_side=8, console=quiet)
-        work = partial(convert, str(two_splits), dst, to, workers=1, overwrite=again)
-        pid = start(report, lambda n=deaths + 1: (note_often(60), _Countdown(n)), lambda console: work(console=console))
-        status = os.waitpid(pid, 0)[1]
-        if os.waitstatus_to_exitcode(status) != 17:
-            assert report.read_text().endswith("done\n")
+            shutil.copytree(tmp_path / "old", dst)
+        pid = start(report, partial(die_at, deaths + 1), lambda _: work(dst=dst))  # noqa: B023
+        if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != DEAD:
             break
-        deaths += 1
         found = contents(dst) if dst.exists() else {}
-        which = {
-            top: next(
-                (
-                    kind
-                    for kind, (whole, place) in {
-                        "new": (new, ""), "old": (old, ""), "aside": (old, f"{PART}/old/"),
-                    }.items()
-                    if {name: data for name, data in whole.items() if name.split("/")[0] == top}
-                    == {
-                        name.removeprefix(place): data
-                        for name, data in found.items()
-                        if name.startswith(f"{place}{top}/") or name == place + top
-                    }
-                ),
-                "missing",
-            )
-            for top in tops
-        }  # fmt: skip
-        moments.add(tuple(which[top] for top in sorted(tops)))
-        assert again <= ("missing" not in which.values()), (deaths, which, sorted(found))
-        assert list(which.values()).count("aside") <= 1, (deaths, which)
-        if which["manifest.json"] == "new":
-            assert set(which.values()) == {"new"}, (deaths, which)
+        moment = tuple(standing(found, top, new, old) for top in tops)
+        moments.add(moment)
+        assert not again or "missing" not in moment, (deaths, moment, sorted(found))
+        assert moment.count("aside") <= 1, (deaths, moment)
+        assert dict(zip(tops, moment, strict=True))["manifest.json"] != "new" or set(moment) == {"new"}, moment
         try:
-            work(console=quiet)
-        except DataError as error:  # only where it had been finished
-            assert re.search("exists already", str(error)), (deaths, error)
+            work(dst=dst)
+        except DataError as error:  # there is nothing to go on with where only the tidying was left
+            assert "exists already" in str(error)
             assert not again
-            assert set(which.values()) == {"new"}
+            assert set(moment) == {"new"}
         assert contents(dst) == new, deaths
-        assert {path.name for path in dst.iterdir()} == tops, deaths
+        assert names(dst) == tops, deaths
+    assert report.read_text() == "done\n"
     assert contents(dst) == new
     assert deaths > 20
-    assert len(moments) >= (2 * len(tops) if again else len(tops)), moments  # all the moments between the renames
+    assert len(moments) > (2 * len(tops) - 2 if again else len(tops)), moments  # all between the renames were met

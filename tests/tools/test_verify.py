@@ -3,8 +3,6 @@
 import io
 import os
 import shutil
-import threading
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,11 +16,7 @@ from pipelines.shards import BLOCK, read_index
 from pipelines.tensor_file import read_tensor_file
 from ressl.batch import DataError
 from tools.convert import convert
-from tools.shard_writer import Member, write_shards
 from tools.verify import verify
-from tools.verify_content import check_content
-from tools.verify_layout import Stored
-from tools.verify_report import Report
 
 COUNT = 14  # images that are stored; one more is damaged
 QUIET = Console(quiet=True)
@@ -92,7 +86,7 @@ def test_one_file_or_directory_of_shards_is_found_in_the_manifest(whole, monkeyp
     assert row_of(text)[3:] == ["ok"] * 4
     if name == "webdataset/train":
         monkeypatch.chdir(whole / name)
-        assert row_of(check(Path("."), deep=True)[1])[3:] == ["ok"] * 4
+        assert row_of(check(Path(), deep=True)[1])[3:] == ["ok"] * 4
 
 
 # --- each byte -------------------------------------------------------------------------------------------------------
@@ -269,6 +263,36 @@ def test_an_index_of_another_conversion_is_found(copy, whole, tmp_path, to):
     assert f"{INDEX[to]}: not the one that manifest.json knows" in text
 
 
+def test_splits_have_a_row_each_and_cannot_stand_in_for_each_other(tmp_path):
+    for split in ("train", "val"):
+        for i in range(4):
+            path = tmp_path / "src" / split / "ab"[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            noise(i + 10 * len(split), 10, 12).save(path)
+    root = tmp_path / "out"
+    convert(str(tmp_path / "src"), root, "tensor", console=QUIET)
+    good, text = check(root, deep=True)
+    assert good
+    assert [line.split()[1] for line in text.splitlines() if line.startswith("│")] == ["train", "val"]
+    assert text.count("│ ok ") == 8
+    for suffix in ("", ".index.npz"):
+        train, val, aside = (root / f"{name}.safetensors{suffix}" for name in ("train", "val", "aside"))
+        train.rename(aside)
+        val.rename(train)
+        aside.rename(val)
+    good, text = check(root)
+    assert not good
+    assert text.count("not the one that manifest.json knows") == 2
+    good, text = check(root, deep=True)
+    assert text.count("not the image of its source") == 8
+    train.rename(aside)
+    val.rename(train)
+    aside.rename(val)
+    good, text = check(root)
+    assert not good
+    assert text.count("CRC-32") == 8
+
+
 def test_the_file_of_a_killed_writer_is_found(copy):
     root = copy("ffcv")
     path = root / "train.beton"
@@ -320,94 +344,6 @@ def test_two_images_of_one_size_in_each_others_place_are_found_in_a_beton_and_a_
     del data
     exchange(tensors / "train.safetensors", starts[one], starts[other], length)
     assert check(tensors)[1].count("CRC-32") == 2
-
-
-def member(index: int) -> Member:
-    file = io.BytesIO()
-    noise(index, 12, 10).save(file, "BMP")  # all of one size
-    return Member(file.getvalue(), ".bmp", (12, 10), (12, 10), index % 3, index, f"{index}.bmp")
-
-
-def test_exchanged_shards_of_one_size_are_found(tmp_path):
-    write_shards(tmp_path, map(member, range(4)), 4, shard_images=2)
-    one, other, aside = (tmp_path / name for name in ("shard-00000.tar", "shard-00001.tar", "aside"))
-    one.rename(aside)
-    other.rename(one)
-    aside.rename(other)
-    good, text = check(tmp_path)
-    assert not good
-    assert text.count("CRC-32") == 4
-
-
-def test_only_the_first_problems_are_shown_and_all_are_counted(tmp_path):
-    write_shards(tmp_path, map(member, range(30)), 30)
-    tar = tmp_path / "shard-00000.tar"
-    with tar.open("r+b") as file:
-        for start in read_index(tmp_path).offset.tolist():
-            file.seek(start + 100)
-            file.write(bytes(50))
-    good, text = check(tmp_path)
-    assert not good
-    assert row_of(text)[4] == "30 problems"
-    assert text.count("CRC-32") == 20
-    assert "and 10 further problems" in text
-
-
-def two_images(path: Path) -> Stored:
-    """In the first 200 bytes of a file, with 100 bytes behind them."""
-    return Stored(
-        files=(path,),
-        file=np.zeros(2, np.int32),
-        start=np.array([0, 100]),
-        length=np.array([100, 100]),
-        mode=np.full(2, RAW, np.uint8),
-        size=np.ones((2, 2), np.int32),
-        original=np.ones((2, 2), np.int32),
-        label=np.zeros(2, np.int64),
-        index=np.arange(2),
-        classes=None,
-        crc32=np.full(2, zlib.crc32(bytes(100)), np.uint32),
-        name="image-{}.jpg".format,
-        zeros=((0, 200, 300),),
-    )
-
-
-ERRORS = {"gone": "cannot be read: No such file or directory", "failing": "cannot be read: Input/output error"}
-
-
-@pytest.mark.parametrize(
-    ("state", "expected"),
-    [
-        ("whole", []),
-        ("cut", ["the file ends before byte 300", "image 1 (image-1.jpg): the file ends inside it"]),
-        *(
-            (state, [f"bytes 200 to 300 {error}", *(f"image {i} (image-{i}.jpg): {error}" for i in range(2))])
-            for state, error in ERRORS.items()
-        ),
-    ],
-)
-def test_a_file_that_vanishes_is_cut_or_fails_while_it_is_read_is_told_of_each_image(tmp_path, state, expected):
-    path = tmp_path / "data"
-    if state == "failing":
-        path = Path("/proc/self/mem")  # there is nothing at its byte 0: as where a disk is damaged
-    elif state != "gone":
-        path.write_bytes(bytes(300 if state == "whole" else 150))
-    report = Report("train")
-    check_content(two_images(path), report, deep=False, source=None, workers=2, advance=lambda *_: None)
-    assert sorted(report.lines) == sorted(f"{path}: {line}" for line in expected)
-
-
-def test_the_threads_end_when_a_check_is_interrupted(tmp_path):
-    path = tmp_path / "data"
-    path.write_bytes(bytes(300))
-
-    def interrupt(*_: int) -> None:
-        raise KeyboardInterrupt
-
-    before = threading.active_count()
-    with pytest.raises(KeyboardInterrupt):
-        check_content(two_images(path), Report("train"), deep=False, source=None, workers=2, advance=interrupt)
-    assert threading.active_count() == before
 
 
 # --- files alone -----------------------------------------------------------------------------------------------------

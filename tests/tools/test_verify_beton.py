@@ -1,5 +1,5 @@
-"""Forty-six ways in which a .beton file is damaged, each of which FFCV takes for good, reports without the file, hangs at
-or dies of: all are found. And files that FFCV itself wrote."""
+"""Forty-six ways in which a .beton file can be damaged, at most of which FFCV gives wrong pixels, hangs, crashes or
+names no file: each is found. And files that FFCV itself wrote."""
 
 import hashlib
 import io

@@ -73,7 +73,7 @@ def change_manifest(root: Path, change: Callable[[dict], None]) -> None:
 @pytest.mark.parametrize("to", FORMATS)
 def test_the_source_is_found_where_it_is_now(whole, source, to):
     good, text = check(whole / to, source=str(source))
-    assert good
+    assert good, text
     assert cells(text) == ["ok"] * 4
 
 
@@ -82,7 +82,7 @@ def test_a_source_that_is_gone_is_said_and_is_nothing_wrong(source, tmp_path, to
     convert(str(source), tmp_path / "out", to, max_skipped=0.5, console=Console(quiet=True))
     source.rename(tmp_path / "elsewhere")
     good, text = check(tmp_path / "out")
-    assert good
+    assert good, text
     assert cells(text)[:3] == ["ok"] * 3
     assert cells(text)[3].startswith(f"{GONE}{source}: no such directory")
     assert cells(text)[3].endswith("--source says where it is now")
@@ -163,7 +163,7 @@ def test_images_that_another_version_of_a_codec_would_write_otherwise_are_like_t
     root = Path(shutil.copytree(whole / "ffcv", tmp_path / "ffcv"))
     change_manifest(root, lambda record: record["options"].update(quality=92))
     good, text = check(root)
-    assert good
+    assert good, text
     assert "6 images are not what encoding them now would give, but look the same" in text
     change_manifest(root, lambda record: record["options"].update(quality=5))
     good, text = check(root)
@@ -177,7 +177,7 @@ def test_images_of_every_mode_are_compared(source, tmp_path, mode):
     smooth(0, 40, 70).save(source / "a" / "00.png")
     convert(str(source), tmp_path / "out", "ffcv", mode=mode, max_skipped=0.5, console=Console(quiet=True))
     good, text = check(tmp_path / "out")
-    assert good
+    assert good, text
     assert cells(text) == ["ok"] * 4
 
 
@@ -185,8 +185,17 @@ def test_images_of_every_mode_are_compared(source, tmp_path, mode):
 def test_resized_images_are_compared(source, tmp_path, to):
     convert(str(source), tmp_path / "out", to, max_side=72, max_skipped=0.5, console=Console(quiet=True))
     good, text = check(tmp_path / "out")
-    assert good
+    assert good, text
     assert cells(text) == ["ok"] * 4
+
+
+def test_a_split_that_the_source_does_not_have_is_said(whole, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(whole / "tensor", out)
+    change_manifest(out, lambda record: record["source"].update(split="test"))
+    good, text = check(out, source=str(whole / "src"))
+    assert good, text
+    assert cells(text)[3] == f"{GONE}{whole / 'src'} has no split test, only train"
 
 
 def test_a_file_that_was_taken_without_being_decoded_is_decoded(source, tmp_path):
@@ -221,9 +230,11 @@ def test_a_file_that_was_taken_without_being_decoded_is_decoded(source, tmp_path
         ({"skipped": [{"index": 5, "name": "b/09.jpg", "reason": ""}]}, "skipped entry 5 was b/09.jpg"),
         ({"skipped": [{"index": 5}]}, "what it says of train cannot be"),
         ({"skipped": [3]}, "what it says of train cannot be"),
-        ({"options": {"to": "ffcv", "colour": 1}}, "its options or its source are damaged"),
+        ({"options": {"to": "ffcv", "quality": "90"}}, "its options or its source are damaged"),
+        ({"options": {"to": "ffcw"}}, "its options or its source are damaged"),
         ({"options": 1}, "what it says of train cannot be"),
         ({"source": {"description": "", "labels": None, "split": "train"}}, "its options or its source are damaged"),
+        ({"source": {"place": "x", "labels": 5, "split": "train"}}, "its options or its source are damaged"),
         ({"extra": 1}, "not a manifest written by `convert`"),
     ],
 )

@@ -87,18 +87,23 @@ def _tree(root: Path, is_directory: bool) -> Tree:
     except OSError as error:
         raise DataError(f"{root}: cannot be listed: {error.strerror}") from None
     archives = [path for path in files if path.suffix.lower() in ARCHIVES]
+    packed = [path for path in files if _packed(path) is not None]
     if not archives:
-        packed = next((path for path in files if _packed(path)), None)
-        if packed is not None:
-            raise _not_understood(packed)
+        if packed:
+            raise _not_understood(packed[0])
         return tree
+    if len(archives) == 1 and not packed:
+        return _tree(archives[0], is_directory=False)
     listed: dict[Path, Members] = {}
     for path in archives:
         members = list_archive(path)
         if members is None:
             raise _not_understood(path)
         listed[path] = members
-    return member_tree(f"{len(archives):,} archives in", root, merge_archives(listed))
+    names = ", ".join(path.name for path in archives[:3]) + ", ..." * (len(archives) > 3)
+    left = f"; not used: {', '.join(path.name for path in packed[:3])}" if packed else ""
+    kind = f"{len(archives):,} archive{'s' * (len(archives) > 1)} ({names}{left}) in"
+    return member_tree(kind, root, merge_archives(listed))
 
 
 def _packed(path: Path) -> tuple[str, str] | None:

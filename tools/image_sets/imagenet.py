@@ -66,6 +66,8 @@ def find_imagenet(root: Path, labels: Path | None) -> Origin | None:
         place = f"ImageNet's archive in {root.parent}" if role else ""
     if not (train or val or test):
         return None
+    if labels is not None and val is None:
+        raise DataError(f"{labels}: a list of labels is for {VAL}, which is not in {place}; leave it out")
     inner = _inner_archives(train) if train else {}
     truth = _find_truth(val, labels, tuple(inner)) if val else None
     known = truth.classes if truth else ()
@@ -86,18 +88,24 @@ def find_imagenet(root: Path, labels: Path | None) -> Origin | None:
 
 def find_kaggle(tree: Tree) -> Origin | None:
     """ImageNet as Kaggle packs it: class directories for train, flat images and a list for val."""
-    text = tree.text(KAGGLE)
-    train, val = beside(KAGGLE_IMAGES, "train"), beside(KAGGLE_IMAGES, "val")
-    if text is None or "train" not in tree.directories(KAGGLE_IMAGES):
+    splits = tree.directories(KAGGLE_IMAGES)
+    if "train" not in splits or "val" not in splits or tree.text(KAGGLE) is None:
         return None
-    return Origin(
-        f"ImageNet as Kaggle packs it, in {tree.kind} {tree.place}: train from {train}/, val from {val}/ with {KAGGLE}",
-        {"train": partial(class_set, tree, train), "val": lambda: _load_kaggle_val(tree, val, tree.directories(train))},
-    )
+    train, val, test = (beside(KAGGLE_IMAGES, split) for split in ("train", "val", "test"))
+    classes = tree.directories(train)
+    sets = {"train": partial(class_set, tree, train), "val": partial(_load_kaggle_val, tree, val, classes)}
+    words = f"train from {train}/, val from {val}/ with {KAGGLE}"
+    if "test" in splits:
+        sets["test"] = partial(unlabelled_set, tree, test, classes)
+        words += f", test from {test}/, without labels"
+    return Origin(f"ImageNet as Kaggle packs it, in {tree.kind} {tree.place}: {words}", dict(sets))
 
 
 def _file(path: Path) -> Path | None:
-    return path if path.is_file() else None
+    try:
+        return path if path.is_file() else None
+    except OSError:  # a directory that may not be searched
+        return None
 
 
 def _role(path: Path) -> str | None:

@@ -110,9 +110,15 @@ def listed_set(
             f"{listed.file}: none of the {len(found):,} files that it lists is an image in {tree.place}; the first is "
             f"{listed.paths[0]}; write the paths as they are from there on"
         )
-    order = np.array(sorted(range(len(found)), key=list(map(_in_parts, listed.paths)).__getitem__), np.int64)
-    paths = tuple(map(listed.paths.__getitem__, order.tolist()))
-    rest = len(listing.names) - len(np.unique(found[found >= 0]))
+    there = found[found >= 0]
+    if len(np.unique(there)) < len(there):
+        first = np.flatnonzero((found >= 0) & (np.bincount(there)[found] > 1))[:2]
+        both = " and ".join(listed.paths[i] for i in first)
+        raise DataError(f"{listed.file}: lists images twice under different paths, such as {both}; remove one of them")
+    names = [listing.names[at] if at >= 0 else path for at, path in zip(found.tolist(), listed.paths, strict=True)]
+    order = np.array(sorted(range(len(names)), key=list(map(_in_parts, names)).__getitem__), np.int64)
+    names = list(map(names.__getitem__, order.tolist()))
+    rest = len(listing.names) - len(there)
     notes = (f"{rest:,} images that {listed.file} does not list are left out",) if rest else ()
     missing = int((found < 0).sum())
     if missing:
@@ -122,8 +128,8 @@ def listed_set(
     def read(i: int) -> bytes:
         if found[i] >= 0:
             return listing.read(int(found[i]))
-        dot = paths[i].rfind(".")
-        suffix = paths[i][dot:].lower() if dot > 0 else NO_SUFFIX
+        dot = names[i].rfind(".")
+        suffix = names[i][dot:].lower() if dot > 0 else NO_SUFFIX
         raise BadImage(
             "no such file" if suffix in (*IMAGE_SUFFIXES, NO_SUFFIX) else f"not an image by its name: {suffix}"
         )
@@ -131,7 +137,7 @@ def listed_set(
     return ImageSet(
         labels=labels[order],
         classes=classes,
-        name=lambda i: paths[i],
+        name=lambda i: names[i],
         read=read,
         stamp=lambda i: listing.stamp(int(found[i])) if found[i] >= 0 else (-1, -1),
         identity=tree.identity,

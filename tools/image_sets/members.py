@@ -88,8 +88,8 @@ class MemberFiles:
         weakref.finalize(self, _close_all, self.files)
 
     def read(self, member: int) -> bytes:
-        """The whole file. Raises BadImage, and DataError for an archive that is no more the one that was listed: each
-        of its members would be another one."""
+        """The whole file. Raises BadImage, and DataError for an archive that is gone or no more the one that was
+        listed: each of its members would be another one."""
         kind, size = int(self.members.kind[member]), int(self.members.size[member])
         if kind == ENCRYPTED:
             raise BadImage("encrypted in the zip file; images without a password are read")
@@ -128,7 +128,10 @@ class MemberFiles:
 
     def _open(self, number: int) -> FileIO:
         path = self.members.archives[number]
-        file = FileIO(path)
+        try:
+            file = FileIO(path)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read any more: {error.strerror}; start again") from None
         status = os.fstat(file.fileno())
         if (status.st_size, status.st_mtime_ns) != self.members.stamps[number]:
             file.close()

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ressl.batch import DataError
-from tools.image_sets.array_files import is_file, stamp_of
+from tools.image_sets.array_files import is_file, read_file, stamp_of
 from tools.image_sets.features import Columns, byte_columns, choose_columns, noted_features
 from tools.image_sets.image_set import ImageSet, Origin
 from tools.image_sets.table_rows import RowReader, Rows, inspect, is_parquet, read_column
@@ -26,7 +26,8 @@ MAX_DIRECTORIES = 32  # in which configurations are looked for
 MAX_CLASSES = 1_000_000
 SPLIT_WORDS = re.compile(r"(?:^|[^a-z])(training|train|validation|valid|val|dev|test)(?:[^a-z]|$)")
 SHARD = re.compile(r"([A-Za-z0-9_.-]+?)-(\d{5})-of-(\d{5})(?:-[0-9a-f]+)?")
-SAME_SPLIT = {"training": "train", "validation": "val", "valid": "val", "dev": "val"}
+SAME_SPLIT = {name: name for name in ("train", "val", "test")} | {"training": "train"}
+SAME_SPLIT |= dict.fromkeys(("validation", "valid", "dev"), "val")
 CHUNK_BYTES = 32 << 20  # of images, about, in one task
 MAPPED_CHUNK = 64  # images of a mapped file in one task
 LARGE_GROUP = 512 << 20  # bytes
@@ -101,24 +102,21 @@ def _find_parquet_files(root: Path) -> tuple[Splits, str, tuple[str, ...]]:
         parts = [part for part in PurePosixPath(relative).parts[:-1] if part != "data" and not _split_of(part)]
         by_config.setdefault("/".join(parts), []).append(relative)
     if len(by_config) > 1:
-        names = sorted(by_config)
-        listed = ", ".join(name or "(the directory itself)" for name in names[:10]) + ", ..." * (len(names) > 10)
-        raise DataError(f"{root}: Parquet files of several configurations: {listed}; give one, as {root / names[-1]}")
+        configs = sorted(by_config)
+        listed = ", ".join(name or "(the directory itself)" for name in configs[:10]) + ", ..." * (len(configs) > 10)
+        raise DataError(f"{root}: Parquet files of several configurations: {listed}; give one, as {root / configs[-1]}")
+    if not by_config:
+        return {}, "", ()
+    ((config, relatives),) = by_config.items()
     splits: dict[str, list[str]] = {}
-    for config in by_config:
-        for relative in by_config[config]:
-            splits.setdefault(_split_of(relative), []).append(relative)
-        unnamed = splits.pop("", [])
-        if not splits:
-            splits, unnamed = {"train": unnamed}, []
-        for relatives in splits.values():
-            _check_complete(root, relatives)
-        return (
-            {split: tuple(root / r for r in relatives) for split, relatives in splits.items()},
-            config,
-            tuple(unnamed),
-        )
-    return {}, "", ()
+    for relative in relatives:
+        splits.setdefault(_split_of(relative), []).append(relative)
+    unnamed = splits.pop("", [])
+    if not splits:
+        splits, unnamed = {"train": unnamed}, []
+    for names in splits.values():
+        _check_complete(root, names)
+    return {split: tuple(root / name for name in names) for split, names in splits.items()}, config, tuple(unnamed)
 
 
 def _list_parquet(root: Path) -> Iterator[str]:
@@ -128,7 +126,7 @@ def _list_parquet(root: Path) -> Iterator[str]:
     """
     files, directories = _entries(root)
     yield from files
-    for name in directories[: MAX_DIRECTORIES + 1]:
+    for name in directories[:MAX_DIRECTORIES]:
         inner, deeper = _entries(root / name)
         yield from (f"{name}/{file}" for file in inner)
         for split in (directory for directory in deeper if directory == "data" or _split_of(directory)):
@@ -203,10 +201,9 @@ def _check_split_name(root: Path, name: str) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    data = read_file(path)
     try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+        content = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON ({error}); get it again") from None
     return content if isinstance(content, dict) else {}

@@ -16,6 +16,7 @@ from pipelines.images import BadImage, read_image
 from ressl.batch import DataError
 
 POINTER = b"version https://git-lfs"
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +111,7 @@ def _read_rows(group: Rows, column: str) -> Any:
         values = _map_arrow(group.path).column(column)
         values.validate(full=True)  # offsets that point elsewhere would end the process
         return values
-    with pyarrow.parquet.ParquetFile(group.path, pre_buffer=False) as file:
+    with pyarrow.parquet.ParquetFile(group.path, pre_buffer=False, page_checksum_verification=True) as file:
         return file.read_row_group(group.group, columns=[column], use_threads=False).column(column)
 
 
@@ -118,9 +119,10 @@ def _map_arrow(path: Path) -> Any:
     """A pyarrow.Table whose columns lie in the mapped file: the stream that `save_to_disk` writes, or an Arrow file."""
     import pyarrow
 
-    with path.open("rb") as file:
-        whole = file.read(6) == b"ARROW1"
     with pyarrow.memory_map(str(path)) as source:
+        whole = source.read_at(6, 0) == b"ARROW1"
+        if not whole and source.read_at(8, max(source.size() - 8, 0)) != END_OF_STREAM:
+            raise ValueError("it is cut off")  # pyarrow takes the end of the file for that of the stream
         reader = pyarrow.ipc.open_file(source) if whole else pyarrow.ipc.open_stream(source)
         return reader.read_all()
 

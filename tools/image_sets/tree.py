@@ -47,7 +47,7 @@ class Tree:
 
     kind: str  # "image folder", "tar file", ...
     place: str
-    directories: Callable[[str], tuple[str, ...]]  # names of those directly in a directory, sorted
+    directories: Callable[[str], tuple[str, ...]]  # names of those directly in one, sorted; () if it is not there
     images: Callable[[str], Listing]  # those in a directory, at any depth
     images_in: Callable[[str], Listing]  # those directly in it
     text: Callable[[str], str | None]  # a whole file, None where there is none; raises DataError
@@ -67,11 +67,18 @@ def directory_tree(root: Path) -> Tree:
     return Tree(
         kind="image folder",
         place=str(root),
-        directories=lambda directory: class_directories(root / directory),
+        directories=partial(_disk_directories, root),
         images=partial(_list_directory, root, deep=True),
         images_in=partial(_list_directory, root, deep=False),
         text=partial(_text_file, root),
     )
+
+
+def _disk_directories(root: Path, directory: str) -> tuple[str, ...]:
+    try:
+        return class_directories(root / directory) if (root / directory).is_dir() else ()
+    except OSError as error:
+        raise DataError(f"{root / directory}: cannot be listed: {error.strerror}") from None
 
 
 def _list_directory(root: Path, directory: str, deep: bool) -> Listing:
@@ -89,7 +96,11 @@ def _list_directory(root: Path, directory: str, deep: bool) -> Listing:
 
 
 def _text_file(root: Path, name: str) -> str | None:
-    return read_text(root / name) if (root / name).exists() else None
+    try:
+        there = (root / name).exists()
+    except OSError:
+        there = True  # and read_text tells why it cannot be read
+    return read_text(root / name) if there else None
 
 
 def read_text(path: Path) -> str:

@@ -22,17 +22,17 @@ from ressl.batch import DataError
 from tools.image_sets.image_set import ImageSet, Origin
 from tools.image_sets.label_list import tell
 from tools.image_sets.members import UNREADABLE, MemberFiles, Members, join, stamp_of
-from tools.image_sets.tar_members import list_tar
+from tools.image_sets.tar_members import is_tar, list_tar
 from tools.image_sets.tree import identity_of
 
 IMAGE_PARTS = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
 LABEL_PARTS = ("cls", "json")  # the first that is there counts
 LABEL_KEYS = ("label", "cls")  # in a .json
 SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-MAX_LABEL = 1_000_000
+MAX_LABEL = 1_000_000  # classes: without a manifest each number up to the highest gets a name
 PEEKED = 64  # members of the first shard that tell what it is
 LISTERS = 8  # threads that list shards: they wait for the disk more than for each other
-NUMBERED = re.compile(r"(.*[-_.])?\d+")  # a shard's name without .tar
+NUMBERED = re.compile(r".*[-_.]\d+|\d{4,}")  # a shard's name without .tar; not that of a class
 
 
 def find_webdataset(root: Path) -> Origin | None:
@@ -54,7 +54,7 @@ def find_webdataset(root: Path) -> Origin | None:
 def _splits(root: Path) -> dict[str, tuple[Path, ...]]:
     """Split -> its shards, in the order of their names."""
     if root.is_file():
-        return {"train": (root,)} if root.suffix.lower() == ".tar" else {}
+        return {"train": (root,)} if is_tar(root) else {}
     shards = _tars(root)
     if not shards:
         found = {split: _tars(root / split) for split in ("train", "val", "test")}

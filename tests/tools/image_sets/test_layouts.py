@@ -93,7 +93,7 @@ def test_a_directory_is_listed_as_the_folder_source_lists_it(tmp_path):
         "a.b/6.tif",
     ]
     write_directory(tmp_path / "src", dict.fromkeys(names, b"x"))
-    (tmp_path / "src" / "a" / "loop").symlink_to(tmp_path / "src")
+    (tmp_path / "src" / "a" / "loop").symlink_to(tmp_path / "src" / "a")
     (tmp_path / "src" / "linked").symlink_to(tmp_path / "src" / "b")
     images, folder = detect(str(tmp_path / "src")).sets["train"](), scan_folder(tmp_path / "src")
     assert tuple(images.name(i) for i in range(len(images.labels))) == folder.paths
@@ -155,7 +155,7 @@ def test_images_of_an_archive_that_are_damaged_are_bad_images(tmp_path):
     data[40:44] = bytes(4)
     (tmp_path / "src.zip").write_bytes(data)
     images = detect(str(tmp_path / "src.zip")).sets["train"]()
-    with pytest.raises(BadImage, match="damaged in the zip file"):
+    with pytest.raises(BadImage, match="damaged in the (zip file|archive)"):
         images.read(0)
     assert images.read(1) == b"b"
 
@@ -221,13 +221,17 @@ def listed(source, tmp_path, text):
 def test_a_list_gives_labels_to_images_anywhere(write, tmp_path, top):
     source = write(f"{top}1.jpg", f"{top}sub/2.jpg", f"{top}sub/3.jpg", f"{top}sub/x.txt")
     images = listed(source, tmp_path, "path,label\nsub/2.jpg,dog\n1.jpg,cat\nsub/gone.jpg,dog\n")
-    assert [images.name(i) for i in range(3)] == ["1.jpg", "sub/2.jpg", "sub/gone.jpg"]
-    assert (images.classes, images.labels.tolist()) == (("cat", "dog"), [0, 1, 1])
-    assert images.read(1).decode() == f"{top}sub/2.jpg"
+    names = [images.name(i) for i in range(3)]
+    assert sorted(names) == names
+    labels = dict(zip(names, images.labels.tolist(), strict=True))
+    assert labels == {f"{top}1.jpg": 0, f"{top}sub/2.jpg": 1, "sub/gone.jpg": 1}
+    assert images.classes == ("cat", "dog")
+    here, gone = names.index(f"{top}sub/2.jpg"), names.index("sub/gone.jpg")
+    assert images.read(here).decode() == f"{top}sub/2.jpg"
     with pytest.raises(BadImage, match="no such file"):
-        images.read(2)
-    assert images.stamp(2) == (-1, -1)
-    assert images.stamp(1)[0] > 0
+        images.read(gone)
+    assert images.stamp(gone) == (-1, -1)
+    assert images.stamp(here)[0] > 0
     assert images.notes == (
         f"1 images that {tmp_path / 'labels.csv'} does not list are left out",
         f"1 files that {tmp_path / 'labels.csv'} lists are not there",
@@ -252,6 +256,11 @@ def test_a_list_of_other_files_is_refused(write, tmp_path):
         listed(source, tmp_path, "1.jpg,1\n1.jpg,0\n")
 
 
+def test_one_image_under_two_paths_is_refused(write, tmp_path):
+    with pytest.raises(DataError, match=r"lists images twice under different paths, such as top/1\.jpg and 1; remove"):
+        listed(write("top/1.jpg", "top/2.jpg"), tmp_path, "top/2.jpg a\ntop/1.jpg a\ngone.jpg a\n1 a\n")
+
+
 def test_absolute_paths_in_a_list_are_found(tmp_path):
     write_directory(tmp_path / "src", {"a b/1.jpg": b"1"})
     images = listed(str(tmp_path / "src"), tmp_path, f"{tmp_path}/src/a b/1.jpg,cat\n")
@@ -266,10 +275,20 @@ def test_archives_beside_each_other_are_one_set(tmp_path):
     write_zip(tmp_path / "src" / "train.zip", {"train/cat/1.jpg": b"1", "train/dog/2.jpg": b"2"})
     write_zip(tmp_path / "src" / "val.zip", {"dog/3.jpg": b"3"})
     origin = detect(str(tmp_path / "src"))
-    assert origin.description == f"2 archives in {tmp_path / 'src'}, train from train/, val from val/"
+    words = f"2 archives (train.zip, val.zip) in {tmp_path / 'src'}"
+    assert origin.description == f"{words}, train from train/, val from val/"
     train, val = (origin.sets[split]() for split in ("train", "val"))
     assert (train.labels.tolist(), val.labels.tolist(), val.classes) == ([0, 1], [1], ("cat", "dog"))
     assert val.read(0) == b"3"
+
+
+def test_one_archive_in_a_directory_is_read_and_a_compressed_one_beside_it_named(tmp_path):
+    (tmp_path / "src").mkdir()
+    write_tar(tmp_path / "src" / "images.tar", {"cat/1.jpg": b"1", "dog/2.jpg": b"2"})
+    assert detect(str(tmp_path / "src")).description == f"tar file {tmp_path}/src/images.tar, 2 class directories"
+    tarfile.open(tmp_path / "src" / "more.tar.gz", "w:gz").close()
+    words = f"1 archive (images.tar; not used: more.tar.gz) in {tmp_path}/src, 2 class directories"
+    assert detect(str(tmp_path / "src")).description == words
 
 
 def test_an_archive_for_each_class_makes_classes(tmp_path):

@@ -180,6 +180,9 @@ def test_an_archive_that_changes_after_it_was_listed_is_not_read(tmp_path):
     write_tar(path, {"b.jpg": b"b" * 20000})
     with pytest.raises(DataError, match="changed since it was listed"):
         files.read(0)
+    path.unlink()
+    with pytest.raises(DataError, match="cannot be read any more: No such file"):
+        files.read(0)
 
 
 def test_more_archives_than_may_stay_open_are_read(tmp_path):

@@ -35,7 +35,7 @@ def mat(**content):
 
 
 def annotations(*pairs):
-    return np.array([pairs], dtype=[("fname", object), ("class", object)])
+    return np.array([list(pairs)], dtype=[("fname", object), ("class", object)])
 
 
 # Each entry: the files of a data set except its images, its images with their labels by split (in the order of their
@@ -43,7 +43,7 @@ def annotations(*pairs):
 FILES = {
     "EuroSAT": (
         {},
-        {"train": {"eurosat/2750/Forest/F_1.jpg": 0, "eurosat/2750/Forest/F_2.jpg": 0, "eurosat/2750/River/R_1.jpg": 1}},
+        {"train": {"eurosat/2750/Forest/1.jpg": 0, "eurosat/2750/Forest/2.jpg": 0, "eurosat/2750/River/1.jpg": 1}},
         ("Forest", "River"),
     ),
     "Imagenette-160px": (
@@ -55,7 +55,10 @@ FILES = {
         ("tench", "church"),
     ),
     "DTD": (
-        {f"dtd/dtd/labels/{name}1.txt": lines(f"banded/{name}.jpg", f"zigzagged/{name}.jpg") for name in ("train", "val", "test")},
+        {
+            f"dtd/dtd/labels/{name}1.txt": lines(f"banded/{name}.jpg", f"zigzagged/{name}.jpg")
+            for name in ("train", "val", "test")
+        },
         {
             name: {f"dtd/dtd/images/banded/{name}.jpg": 0, f"dtd/dtd/images/zigzagged/{name}.jpg": 1}
             for name in ("train", "val", "test")
@@ -96,8 +99,9 @@ FILES = {
     ),
     "Food101": (
         {
-            f"food-101/meta/{name}.json": json.dumps({"waffles": [f"waffles/{name}"], "apple_pie": [f"apple_pie/{name}"]}).encode()
+            f"food-101/meta/{name}.json": json.dumps({food: [f"{food}/{name}"] for food in foods}).encode()
             for name in ("train", "test")
+            for foods in [("waffles", "apple_pie")]
         },
         {
             ours: {f"food-101/images/apple_pie/{theirs}.jpg": 0, f"food-101/images/waffles/{theirs}.jpg": 1}
@@ -118,7 +122,13 @@ FILES = {
     ),
     "Caltech101": (
         {"caltech101/101_ObjectCategories/BACKGROUND_Google/image_0001.jpg": b"not a class"},
-        {"train": {f"caltech101/101_ObjectCategories/{n}/image_000{k}.jpg": i for i, n in enumerate(("ant", "yin")) for k in (1, 2)}},
+        {
+            "train": {
+                f"caltech101/101_ObjectCategories/{name}/image_000{k}.jpg": i
+                for i, name in enumerate(("ant", "yin"))
+                for k in (1, 2)
+            }
+        },
         ("ant", "yin"),
     ),
     "Caltech256": (

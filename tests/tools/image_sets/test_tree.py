@@ -67,7 +67,7 @@ def test_a_directory_in_it_is_listed_by_itself(tree):
 def test_directories_are_named_without_hidden_ones(tree):
     assert tree.directories("") == ("a", "a b")
     assert tree.directories("a") == ("deep",)
-    assert tree.directories("a/deep/er") == ()
+    assert tree.directories("a/deep/er") == tree.directories("no/such") == ()
 
 
 def test_a_text_is_read_whole_and_may_be_missing(tree):

@@ -1,0 +1,53 @@
+"""The table of `verify`, and the lines below it."""
+
+import io
+
+from rich.console import Console
+
+from tools.verify_report import SHOWN, Report, print_reports
+
+
+def printed(*reports: Report, width: int = 200) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    print_reports(reports, console)
+    return console.file.getvalue()
+
+
+def test_a_cell_says_how_many_problems_there_are_and_what_was_not_checked():
+    report = Report("train")
+    assert report.cell("structure") == "ok"
+    report.add("structure", "a")
+    assert report.cell("structure") == "1 problem"
+    report.leave("no time", "structure", "source")
+    report.leave("another reason", "source")
+    report.add("structure", "b")
+    assert report.cell("structure") == "2 problems; not checked: no time"
+    assert report.cell("source") == "not checked: no time"
+
+
+def test_the_first_problems_of_all_splits_are_shown_and_the_rest_counted():
+    one, other = Report("train"), Report("val")
+    for i in range(SHOWN - 1):
+        one.add("checksums", f"train {i}")
+    for i in range(3000):
+        other.add("decoding", f"val {i}")
+    text = printed(one, other)
+    assert text.count("\ntrain ") + text.count("\nval ") == SHOWN
+    assert f"and {3000 - 1:,} further problems" in text
+    assert "3,000 problems" in text
+    assert len(other.lines) == SHOWN
+
+
+def test_the_advice_is_to_copy_or_to_convert_again_or_to_look_at_the_source():
+    whole, damaged, moved = Report("a"), Report("b"), Report("c")
+    damaged.add("checksums", "x")
+    moved.add("source", "y")
+    assert "again" not in printed(whole)
+    assert "Copy the files again" in printed(whole, damaged, moved)
+    assert "The files are whole" in printed(whole, moved)
+
+
+def test_names_cannot_steer_the_terminal_or_be_taken_for_markup():
+    report = Report("train")
+    report.add("checksums", "[red]a\x1b[31m\nb[/red].jpg: damaged")
+    assert "[red]a\ufffd[31m\ufffdb[/red].jpg: damaged\n" in printed(report)
