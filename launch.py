@@ -246,10 +246,7 @@ def verify(
     labels: Annotated[Path | None, typer.Option(help="where the list of labels is now")] = None,
     workers: Annotated[int, typer.Option(help="threads; 0: one for each core", min=0)] = 0,
 ) -> None:
-    """Proves that converted data is whole: structure, counts, the checksum of every image.
-
-    Exits with 2 where anything is wrong, and names it.
-    """
+    """Proves that converted data is whole: structure, counts, the checksum of every image. Exits with 2 if it is not."""
     whole = verify_data(data, deep=deep, source=source, labels=labels, workers=workers, console=plain_console())
     raise typer.Exit(0 if whole else 2)
 

@@ -277,8 +277,8 @@ def scan_folder(root: Path) -> FolderIndex:
     classes = class_directories(root)
     ignored: Counter[str] = Counter()
     try:
-        unclassed = sorted(_images_under(root, "", ignored, deep=False))
-        by_class = [sorted(_images_under(root, name, ignored), key=_in_parts) for name in classes]
+        unclassed = sorted(images_under(root, "", ignored, deep=False))
+        by_class = [sorted(images_under(root, name, ignored), key=in_parts) for name in classes]
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be listed: {error.strerror}") from None
     counts = [len(paths) for paths in by_class]
@@ -318,7 +318,7 @@ def describe_ignored(ignored: dict[str, int]) -> str:
     return f"{total:,} other file{'s' * (total != 1)} ({', '.join(listed)})"
 
 
-def _images_under(root: Path, directory: str, ignored: Counter[str], deep: bool = True) -> Iterator[str]:
+def images_under(root: Path, directory: str, ignored: Counter[str], deep: bool = True) -> Iterator[str]:
     """Paths relative to root, in no order. Directories are followed unless one is also its own ancestor."""
     todo: list[tuple[str, tuple[tuple[int, int], ...]]] = [(directory, ())]
     while todo:
@@ -353,6 +353,6 @@ def _is_directory(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _in_parts(path: str) -> str:
+def in_parts(path: str) -> str:
     """Sorts `a/x` before `a b/x`, as the directories sort."""
     return path.replace("/", "\0")

@@ -42,7 +42,8 @@ from tools.estimate import SAMPLES
 from tools.loader_arms import ArmFailed, own_cpu_seconds
 from tools.output import atomic_output
 
-ARMS = ("tar", "decode", "ffcv", "ours-header", "ours-decode", "ours-ffcv")
+PAIRS = {"tar": "ours-header", "decode": "ours-decode", "ffcv": "ours-ffcv"}  # what ours is compared with
+ARMS = (*PAIRS, *PAIRS.values())
 MAX_SIDE, QUALITY = 400, 90  # of the .beton files
 FEW = SAMPLES  # images; at least as many as a conversion tries beforehand, so that these too are left out
 AT_ONCE = 16  # files that a decoding worker takes
@@ -204,6 +205,13 @@ def copy_images(files: Path, all_images: Path, few_images: Path, count: int) -> 
     return len(paths), bad
 
 
+def order_of(round_number: int) -> list[str]:
+    """Each of ours beside what it is compared with, so that whatever else the machine does falls on both alike: before
+    it in one round, after it in the next. The pairs are in another order in each round."""
+    pairs = [(theirs, PAIRS[theirs]) for theirs in shuffled(list(PAIRS), round_number)]
+    return [arm for pair in pairs for arm in (reversed(pair) if round_number % 2 else pair)]
+
+
 def take_rounds(
     arms: list[str], place: Path, arguments: argparse.Namespace, left_out: dict[str, str], console: Console
 ) -> tuple[dict[str, list[dict[str, Cost]]], list[list[str]]]:
@@ -213,7 +221,7 @@ def take_rounds(
     orders = []
     for number in range(arguments.rounds):
         began = time.perf_counter()
-        orders.append(shuffled(list(turns), number))
+        orders.append([arm for arm in order_of(number) if arm in turns])
         for arm in orders[-1]:
             try:
                 turns[arm].append({part: _turn(arm, place, part, arguments.workers) for part in ("few", "all")})

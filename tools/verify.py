@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TimeRemainingColumn
 from pipelines.manifest import NAME, SplitRecord, manifest_text, read_manifest
 from pipelines.shards import INDEX, point_to_shards
 from ressl.batch import DataError
+from tools.convert_request import expand
 from tools.estimate import size_text
 from tools.journal import PART
 from tools.verify_content import check_content, content_bytes
@@ -49,7 +50,7 @@ def verify(
     place that the manifest notes, or at `source`, with its list of `labels`. What could not be checked is said, and is
     nothing wrong. Raises DataError where there is nothing to check, or `source` is none.
     """
-    path = Path(path).expanduser()
+    path = expand(path)
     manifest_report = Report(NAME)
     checks = [_open(target, deep, source, labels) for target in _find_targets(path, manifest_report)]
     begin = time.monotonic()
@@ -67,8 +68,10 @@ def verify(
 
 def _find_targets(path: Path, report: Report) -> list[Target]:
     """What there is to check; problems of the manifest go to the report. Raises DataError where there is nothing."""
-    if not path.exists():
-        raise DataError(f"{path}: no such file or directory; give what `convert` wrote")
+    try:
+        path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: {(error.strerror or 'cannot be read').lower()}; give what `convert` wrote") from None
     if path.is_dir() and (path / NAME).exists():
         records = _read_records(path, report)
         if not records and not report.counts:

@@ -72,6 +72,15 @@ def test_every_arm_that_can_run_is_in_the_tables(photos: Path, tmp_path: Path) -
     assert not list(prepared.glob("convert-*")), "what was written for the benchmark is still there"
 
 
+def test_ours_has_its_turn_beside_theirs_and_the_order_changes() -> None:
+    orders = [bench_convert.order_of(number) for number in range(6)]
+    assert all(sorted(order) == sorted(bench_convert.ARMS) for order in orders)
+    for theirs, ours in bench_convert.PAIRS.items():
+        assert {order.index(ours) - order.index(theirs) for order in orders[::2]} == {1}
+        assert {order.index(ours) - order.index(theirs) for order in orders[1::2]} == {-1}
+    assert len({tuple(order) for order in orders[::2]}) > 1
+
+
 def test_images_are_copied_again_and_again_and_bad_ones_left_out(photos: Path, tmp_path: Path) -> None:
     assert copy_images(photos, tmp_path / "all", tmp_path / "few", 2 * FEW) == (12, 1)
     copies = [path for path in (tmp_path / "all").rglob("*") if path.is_file()]

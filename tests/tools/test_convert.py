@@ -3,10 +3,7 @@ import io
 import json
 import os
 import resource
-import signal
 import subprocess
-import sys
-import time
 import zlib
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What `convert` writes is read by the libraries whose formats these are: stock FFCV, DALI, and the webdataset package."""
+"""What `convert` writes is read by the libraries whose formats these are: FFCV, DALI, webdataset, safetensors."""
 
 import io
 from pathlib import Path

@@ -392,3 +392,9 @@ def test_what_cannot_be_verified_is_refused(tmp_path, make, message):
     make(tmp_path / "x")
     with pytest.raises(DataError, match=message):
         verify(tmp_path / "x", console=QUIET)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "~nobody-of-this-name/data"])
+def test_a_path_that_cannot_be_is_refused(name):
+    with pytest.raises(DataError, match="file name too long|no such user"):
+        verify(Path(name), console=QUIET)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.images import IMAGE_SUFFIXES, NO_CLASS, NO_SUFFIX, BadImage, _in_parts, describe_ignored
+from pipelines.images import IMAGE_SUFFIXES, NO_CLASS, NO_SUFFIX, BadImage, describe_ignored, in_parts
 from ressl.batch import DataError
 from tools.image_sets.image_set import ImageSet, Origin
 from tools.image_sets.label_list import LabelList, find_listed, number_labels, parse_label_list
@@ -116,7 +116,7 @@ def listed_set(
         both = " and ".join(listed.paths[i] for i in first)
         raise DataError(f"{listed.file}: lists images twice under different paths, such as {both}; remove one of them")
     names = [listing.names[at] if at >= 0 else path for at, path in zip(found.tolist(), listed.paths, strict=True)]
-    order = np.array(sorted(range(len(names)), key=list(map(_in_parts, names)).__getitem__), np.int64)
+    order = np.array(sorted(range(len(names)), key=list(map(in_parts, names)).__getitem__), np.int64)
     names = list(map(names.__getitem__, order.tolist()))
     rest = len(listing.names) - len(there)
     notes = (f"{rest:,} images that {listed.file} does not list are left out",) if rest else ()

@@ -16,9 +16,9 @@ from pipelines.images import (
     IMAGE_SUFFIXES,
     NO_SUFFIX,
     BadImage,
-    _images_under,
-    _in_parts,
     class_directories,
+    images_under,
+    in_parts,
     read_file,
 )
 from ressl.batch import DataError
@@ -84,7 +84,7 @@ def _disk_directories(root: Path, directory: str) -> tuple[str, ...]:
 def _list_directory(root: Path, directory: str, deep: bool) -> Listing:
     base, ignored = root / directory, Counter[str]()
     try:
-        names = tuple(sorted(_images_under(base, "", ignored, deep), key=_in_parts))
+        names = tuple(sorted(images_under(base, "", ignored, deep), key=in_parts))
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be listed: {error.strerror}") from None
     return Listing(
@@ -162,7 +162,7 @@ class _Sorted:
 
 def member_tree(kind: str, place: Path, members: Members) -> Tree:
     """Where two members have one name the later one counts, as if the archive had been unpacked."""
-    order = sorted(range(len(members.names)), key=list(map(_in_parts, members.names)).__getitem__)
+    order = sorted(range(len(members.names)), key=list(map(in_parts, members.names)).__getitem__)
     names = tuple(map(members.names.__getitem__, order))
     numbers = np.array(order, np.int64)
     kinds = members.kind[numbers]
@@ -184,9 +184,9 @@ def _span(names: tuple[str, ...], directory: str, low: int = 0) -> tuple[int, in
     """Where the names under a directory begin and end."""
     if not directory:
         return 0, len(names)
-    start = _in_parts(directory)
-    low = bisect_left(names, start + "\0", low, key=_in_parts)
-    return low, bisect_left(names, start + "\1", low, key=_in_parts)
+    start = in_parts(directory)
+    low = bisect_left(names, start + "\0", low, key=in_parts)
+    return low, bisect_left(names, start + "\1", low, key=in_parts)
 
 
 def _member_directories(found: _Sorted, directory: str) -> tuple[str, ...]:
@@ -237,7 +237,7 @@ def _list_members(found: _Sorted, directory: str, deep: bool) -> Listing:
 
 
 def _member_text(found: _Sorted, name: str) -> str | None:
-    i = bisect_right(found.names, _in_parts(name), key=_in_parts) - 1  # the last of several
+    i = bisect_right(found.names, in_parts(name), key=in_parts) - 1  # the last of several
     if i < 0 or found.names[i] != name or found.kinds[i] in UNREADABLE:
         return None
     member = int(found.numbers[i])
