@@ -244,7 +244,7 @@ def verify(
     deep: Annotated[bool, typer.Option("--deep", help="decode every image, and compare all with the source")] = False,
     source: Annotated[str | None, typer.Option(help="where the source is now, if it was moved")] = None,
     labels: Annotated[Path | None, typer.Option(help="where the list of labels is now")] = None,
-    workers: Annotated[int, typer.Option(help="threads; 0: one for each core", min=0)] = 0,
+    workers: Annotated[int, typer.Option(help="processes; 0: one for each core", min=0)] = 0,
 ) -> None:
     """Proves that converted data is whole: structure, counts, the checksum of every image. Exits with 2 if it is not."""
     whole = verify_data(data, deep=deep, source=source, labels=labels, workers=workers, console=plain_console())

@@ -114,7 +114,8 @@ def open_image(data: bytes, upright: bool = False) -> tuple[Image.Image, tuple[s
     "CMYK": converted without a colour profile; those of a JPEG are inverted, as Adobe writes them. "16-bit": reduced
     to 8, of whatever colours. "palette": looked up. "alpha": dropped and not blended, one transparent colour too.
     "grey": repeated in R, G and B. "frames": the first of several was taken. "rotated": turned or mirrored as the
-    file's EXIF orientation says, with `upright` only. Raises BadImage.
+    file's EXIF orientation says, with `upright` only. Nothing else of the file is in the image: no EXIF, colour profile
+    or comment that Pillow would write into another file. Raises BadImage.
     """
     with _errors_as_bad_images():
         return _load(data, upright)
@@ -207,6 +208,7 @@ def _load(data: bytes, upright: bool) -> tuple[Image.Image, tuple[str, ...]]:
     image = _to_rgb(file)
     if rotation is not None and upright != turned:
         image = image.transpose(rotation if upright else TURNED_BACK.get(rotation, rotation))
+    image.info = {}
     return image, tuple(name for name in CHANGES if made[name])
 
 

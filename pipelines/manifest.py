@@ -1,5 +1,6 @@
 """manifest.json beside converted data: what each file holds, where it came from and what had to be left out."""
 
+import hashlib
 import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -49,12 +50,13 @@ def read_manifest(directory: Path) -> Manifest | None:
 
 
 def manifest_text(manifest: Manifest) -> str:
-    """Pure ASCII, sorted keys: the same contents give the same bytes."""
+    """Pure ASCII, sorted keys: the same contents give the same bytes. `sha256`, of the splits, is for `verify` alone."""
     splits = {
         name: {part.name: getattr(record, part.name) for part in fields(SplitRecord)}
         for name, record in manifest.splits.items()
     }
-    return json.dumps({"format": FORMAT, "splits": splits}, indent=1, sort_keys=True) + "\n"
+    digest = hashlib.sha256(json.dumps(splits, sort_keys=True).encode("ascii")).hexdigest()
+    return json.dumps({"format": FORMAT, "sha256": digest, "splits": splits}, indent=1, sort_keys=True) + "\n"
 
 
 def classes_of(path: Path) -> tuple[str, ...]:

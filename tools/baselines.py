@@ -137,6 +137,10 @@ class PilFiles:
             return image.convert("RGB"), self.labels[i]
 
 
+def load_ffcv_writer() -> None:
+    import ffcv.writer  # noqa: F401 - so that it is there
+
+
 def ffcv_write(root: Path, out: Path, *, max_side: int, quality: int, workers: int) -> None:
     """The way of FFCV's documentation: its own writer makes `out` of the images under `root`, all of them as JPEG.
 

@@ -32,7 +32,7 @@ from rich.console import Console
 
 from pipelines.images import BadImage, decoded_size, read_file, scan_folder
 from ressl.batch import DataError
-from tools.baselines import ffcv_write, folder_files
+from tools.baselines import ffcv_write, folder_files, load_ffcv_writer
 from tools.bench import machine
 from tools.bench_convert_report import Record, markdown, print_report
 from tools.bench_data import prepare
@@ -250,7 +250,7 @@ def bench(arguments: argparse.Namespace, console: Console) -> Record:
     """Everything that was measured and how, ready for JSON. Raises DataError and DiskFull."""
     left_out = missing(ARMS)
     if "ffcv" not in left_out:
-        importlib.import_module("ffcv.writer")  # takes seconds, and would in each turn
+        load_ffcv_writer()  # takes seconds, and would in each turn
     prepared = prepare(arguments.images, arguments.work, arguments.count)
     with tempfile.TemporaryDirectory(dir=prepared.root, prefix="convert-") as directory:
         place = Path(directory)

@@ -119,7 +119,7 @@ def notes(record: Record) -> list[str]:
     words = [
         f"{data['images']:,} images{again}, {size:,.0f} KB each on average, in memory, read from and written to one "
         f"file system.{bad} {options['workers']} workers, but one process for tar. {options['rounds']} rounds; in "
-        "each, every arm has one turn, in a process of its own, and ours has it beside the one that it is compared with.",
+        "each, every arm has one turn, in a process of its own, and ours has its turn beside what it is compared with.",
         f"A turn is two runs, of {data['few']:,} images and of all. The figures are the difference, for each image "
         "more: so what does not grow with the images is not counted, on any side. That is starting processes, what a "
         'conversion tries beforehand, and renaming; it is in the column "s besides". Numbers are the median over the '

@@ -18,6 +18,7 @@ from tools.image_sets.image_set import ImageSet
 from tools.index_file import SUFFIX as INDEX_SUFFIX
 from tools.index_file import write_index_file
 from tools.journal import Chunk, WorkDirectory
+from tools.output import refuse_foreign
 from tools.rows import PLACE, ROW
 from tools.shard_writer import ShardLayout, finish_shards, shard_name
 from tools.tensor_writer import TensorLayout, finish_tensors
@@ -94,6 +95,7 @@ def go_back(split: SplitWork, past: list[Chunk]) -> None:
     directory = split.output if isinstance(split.layout, ShardLayout) else None
     if directory is not None:
         directory.mkdir(exist_ok=True)
+        refuse_foreign(directory)
     ends = split.layout.ends() if past else ()
     kept = {split.file(number): end for number, end in enumerate(ends)}
     for path, end in kept.items():

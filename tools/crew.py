@@ -125,28 +125,29 @@ class Crew:
             connection.close()
 
     def send(self, worker: int, task: Task) -> None:
-        """Raises WorkerDied."""
+        """Raises WorkerDied, and what a worker did."""
         try:
             self.connections[worker].send(task)
         except OSError:
-            raise self._death(worker) from None
+            while True:  # up to what it said last: why it ended
+                self._receive_from(worker)
 
     def receive(self, timeout: float) -> list[tuple[int, News]]:
         """News of the workers, by number; nothing after `timeout` seconds. Raises WorkerDied, and what a worker did."""
-        news: list[tuple[int, News]] = []
-        for ready in wait(self.connections, timeout):
-            worker = self.connections.index(ready)  # type: ignore[arg-type]
-            try:
-                message = self.connections[worker].recv()
-            except (EOFError, OSError):
-                raise self._death(worker) from None
-            match message:
-                case Failed(error=Exception() as error):
-                    raise error
-                case Failed(error=text):
-                    raise RuntimeError(f"a worker failed:\n{text}")
-            news.append((worker, message))
-        return news
+        ready = wait(self.connections, timeout)
+        return [(worker, self._receive_from(worker)) for worker in map(self.connections.index, ready)]  # type: ignore[arg-type]
+
+    def _receive_from(self, worker: int) -> News:
+        try:
+            message = self.connections[worker].recv()
+        except (EOFError, OSError):
+            raise self._death(worker) from None
+        match message:
+            case Failed(error=Exception() as error):
+                raise error
+            case Failed(error=text):
+                raise RuntimeError(f"a worker failed:\n{text}")
+        return message
 
     def whereabouts(self) -> str:
         """The image that each worker is at, for those that are at one."""

@@ -10,6 +10,7 @@ import base64
 import fcntl
 import json
 import os
+import re
 import time
 import zlib
 from collections.abc import Iterable, Sequence
@@ -27,6 +28,7 @@ from tools.output import remove_ours
 from tools.rows import ROW
 
 PART, JOURNAL, OLD = "convert.part", "journal", "old"
+OUTPUTS = r"[\w-]+(\.(beton|safetensors)(\.index\.npz)?)?|manifest\.json"  # a name alone: a directory of shards
 LOCK_SECONDS = 2  # a killed process's workers hold its lock until they are gone too, a moment later
 
 
@@ -101,21 +103,19 @@ class WorkDirectory:
         return past
 
     def clear(self) -> None:
-        """Forgets the past."""
+        """Forgets the past. What `convert` did not write stays."""
         for path in self.path.iterdir():
-            if path.name != JOURNAL:
+            if path.name != JOURNAL and (path.is_dir() or "." in path.name) and re.fullmatch(OUTPUTS, path.name):
                 _remove(path)
         self.file.truncate(0)
 
     def discard(self) -> None:
-        """Removes the directory with all that is in it, and those that were made for it and are empty."""
+        """Removes the directory with all of ours that is in it, and those that were made for it and are empty."""
         self.clear()
         (self.path / JOURNAL).unlink()
-        self.path.rmdir()
-        for path in self.made:
-            if path != self.path:
-                with suppress(OSError):
-                    path.rmdir()
+        for path in (self.path, *self.made):
+            with suppress(OSError):  # something else is in it
+                path.rmdir()
 
     # --- the present ---
 

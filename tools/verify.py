@@ -45,7 +45,7 @@ def verify(
     """Checks a directory that `convert` wrote, one data file, or one directory of shards; prints a table and what is
     wrong, image by image. True: nothing is.
 
-    Reads every byte once in `workers` threads (0: one for each core). Where there is an index, all bytes are compared
+    Reads every byte once in `workers` processes (0: one for each core). Where there is an index, all bytes are compared
     with it, padding too. `deep` also decodes every image, and compares it with its source, where that is found: at the
     place that the manifest notes, or at `source`, with its list of `labels`. What could not be checked is said, and is
     nothing wrong. Raises DataError where there is nothing to check, or `source` is none.

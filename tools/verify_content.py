@@ -1,16 +1,15 @@
-"""Every byte of a converted data set against its checksum, and every image against its source: in threads, by pread, as
-a file that is cut while it is mapped ends the process."""
+"""Every byte of a converted data set against its checksum, and every image against its source: in forked processes, by
+pread, as a file that is cut while it is mapped ends the process."""
 
 import hashlib
 import os
-import threading
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing import get_context
+from multiprocessing.synchronize import Lock
 
 import numpy as np
 
@@ -18,15 +17,16 @@ from pipelines.beton import RAW
 from pipelines.images import BadImage, decoded_size
 from pipelines.shards import BLOCK
 from tools.encode import KINDS
+from tools.forked import run_forked
 from tools.rows import ROW, SUFFIXES
 from tools.shard_writer import idx_text, member_blocks
 from tools.verify_layout import Stored
 from tools.verify_report import Column, Report
 from tools.verify_source import Source, compare_image
 
-CHUNK = 8 << 20  # bytes that a thread reads at once
+CHUNK = 8 << 20  # bytes that a process reads at once
 LARGE = 8 * CHUNK  # bytes of an image from which on one at a time is read
-IMAGES, DEEP_IMAGES = 1024, 32  # that a thread checks at once
+IMAGES, DEEP_IMAGES = 1024, 32  # that a process checks at once
 UNKNOWN = 255  # in place of an entry of SUFFIXES
 Found = tuple[Column, str]  # a problem
 Advance = Callable[[int, int], None]  # bytes and images that were checked
@@ -34,45 +34,50 @@ Advance = Callable[[int, int], None]  # bytes and images that were checked
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What the threads share."""
+    """What the processes share."""
 
     stored: Stored
     deep: bool
     source: Source | None  # what each image is compared with
-    kind: np.ndarray  # (N,) uint8, an entry of SUFFIXES, noted for the index files of DALI
-    large: threading.Lock  # held by the thread that reads a large image, so that memory is bounded
+    large: Lock  # held by the process that reads a large image, so that memory is bounded
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     found: list[Found]
     checked: int  # bytes
-    images: int
-    unlike: int  # images that are like their source, but not to the bit
+    positions: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # images that were checked
+    kinds: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))  # an entry of SUFFIXES of each of them
+    unlike: int = 0  # images that are like their source, but not to the bit
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """One image."""
+
+    found: list[Found]
+    kind: int = UNKNOWN  # entry of SUFFIXES
+    unlike: bool = False  # it is like its source, but not to the bit
 
 
 def check_content(
     stored: Stored, report: Report, *, deep: bool, source: Source | None, workers: int, advance: Advance
 ) -> None:
     """Reads all and reports what is wrong. With `deep`, images are decoded, and compared with `source` if given."""
-    work = Work(stored, deep, source, np.full(len(stored.label), UNKNOWN, np.uint8), threading.Lock())
-    workers = workers or len(os.sched_getaffinity(0))
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="verify")
+    work = Work(stored, deep, source, get_context("fork").Lock())
+    kind = np.full(len(stored.label), UNKNOWN, np.uint8)
     unlike = 0
-    try:
-        ahead: deque[Future[Outcome]] = deque()
-        for task in _tasks(work):
-            ahead.append(pool.submit(task))
-            if len(ahead) > 2 * workers:
-                unlike += _take(ahead.popleft().result(), report, advance)
-        while ahead:
-            unlike += _take(ahead.popleft().result(), report, advance)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    with closing(run_forked(list(_tasks(work)), workers or len(os.sched_getaffinity(0)), "verify")) as outcomes:
+        for outcome in outcomes:
+            for column, line in outcome.found:
+                report.add(column, line)
+            kind[outcome.positions] = outcome.kinds
+            unlike += outcome.unlike
+            advance(outcome.checked, len(outcome.positions))
     if unlike:
         report.notes.append(f"{unlike:,} images are not what encoding them now would give, but look the same")
     if stored.in_tar:
-        for problem in _idx_problems(work):
+        for problem in _idx_problems(stored, kind):
             report.add("checksums", problem)
 
 
@@ -82,13 +87,6 @@ def content_bytes(stored: Stored) -> int:
     if stored.tables_sha256:
         rest += sum(stop - start for start, stop in stored.tables)
     return rest + int((_stops(stored) - _starts(stored)).sum())
-
-
-def _take(outcome: Outcome, report: Report, advance: Advance) -> int:
-    for column, line in outcome.found:
-        report.add(column, line)
-    advance(outcome.checked, outcome.images)
-    return outcome.unlike
 
 
 def _tasks(work: Work) -> Iterator[Callable[[], Outcome]]:
@@ -139,11 +137,11 @@ def _check_tables(stored: Stored) -> Outcome:
                     digest.update(data)
                     size += len(data)
     except OSError as error:
-        return Outcome([("checksums", f"{path}: its tables cannot be read: {error.strerror or error}")], size, 0, 0)
+        return Outcome([("checksums", f"{path}: its tables cannot be read: {error.strerror or error}")], size)
     if digest.hexdigest() == stored.tables_sha256:
-        return Outcome([], size, 0, 0)
+        return Outcome([], size)
     problem = "its tables are not those that were written: damaged, or the index is of another conversion"
-    return Outcome([("checksums", f"{path}: {problem}")], size, 0, 0)
+    return Outcome([("checksums", f"{path}: {problem}")], size)
 
 
 def _check_zeros(stored: Stored, file: int, start: int, stop: int) -> Outcome:
@@ -158,15 +156,14 @@ def _check_zeros(stored: Stored, file: int, start: int, stop: int) -> Outcome:
             problem = f"byte {start + places[0]:,}, where nothing is stored, is not 0"
     except OSError as error:
         problem = f"bytes {start:,} to {stop:,} cannot be read: {error.strerror or error}"
-    return Outcome([("checksums", f"{path}: {problem}")] if problem else [], stop - start, 0, 0)
+    return Outcome([("checksums", f"{path}: {problem}")] if problem else [], stop - start)
 
 
-def _idx_problems(work: Work) -> Iterator[str]:
-    """DALI's index files hold nothing that the tables do not."""
-    stored = work.stored
+def _idx_problems(stored: Stored, kind: np.ndarray) -> Iterator[str]:
+    """DALI's index files hold nothing that the tables do not, but for the (N,) kinds of the image files."""
     for shard, tar in enumerate(stored.files):
         path, mine = tar.with_suffix(".idx"), stored.file == shard
-        kinds = work.kind[mine]
+        kinds = kind[mine]
         if (kinds == UNKNOWN).any():  # damaged images, which were told: what else is in the file cannot be known
             continue
         rows = np.zeros(len(kinds), ROW)
@@ -198,17 +195,19 @@ def _check_batch(work: Work, batch: np.ndarray) -> Outcome:
     starts, stops = _starts(stored)[batch].tolist(), _stops(stored)[batch].tolist()
     path = stored.files[stored.file[batch[0]]]
     found: list[Found] = []
+    kinds = np.full(len(batch), UNKNOWN, np.uint8)
     unlike = 0
     try:
         with path.open("rb") as file:
             whole = _read_or_none(file.fileno(), starts[0], max(stops))
-            for i, start, stop in zip(batch.tolist(), starts, stops, strict=True):
-                problems, different = _check_image(work, i, file.fileno(), start, stop, whole, starts[0])
-                found += problems
-                unlike += different
+            for k, (i, start, stop) in enumerate(zip(batch.tolist(), starts, stops, strict=True)):
+                checked = _check_image(work, i, file.fileno(), start, stop, whole, starts[0])
+                found += checked.found
+                kinds[k] = checked.kind
+                unlike += checked.unlike
     except OSError as error:
         found = [("checksums", f"{stored.where(i)}: cannot be read: {error.strerror}") for i in batch.tolist()]
-    return Outcome(found, sum(stops) - sum(starts), len(batch), unlike)
+    return Outcome(found, sum(stops) - sum(starts), batch, kinds, unlike)
 
 
 def _read_or_none(handle: int, start: int, stop: int) -> memoryview | None:
@@ -221,8 +220,7 @@ def _read_or_none(handle: int, start: int, stop: int) -> memoryview | None:
 
 def _check_image(
     work: Work, i: int, handle: int, start: int, stop: int, whole: memoryview | None, whole_start: int
-) -> tuple[list[Found], bool]:
-    """Its problems, and whether it is like its source, but not to the bit."""
+) -> Checked:
     if whole is not None:
         return _check_bytes(work, i, whole[start - whole_start : stop - whole_start])
     with work.large if stop - start > LARGE else nullcontext():
@@ -230,23 +228,23 @@ def _check_image(
             return _check_bytes(work, i, memoryview(_pread(handle, start, stop)))
         except OSError as error:
             problem = f"{work.stored.where(i)}: cannot be read: {error.strerror or error}"
-            return [("checksums", problem)], False
+            return Checked([("checksums", problem)])
 
 
-def _check_bytes(work: Work, i: int, piece: memoryview) -> tuple[list[Found], bool]:
+def _check_bytes(work: Work, i: int, piece: memoryview) -> Checked:
     """For the image's bytes, in a tar file with what stands around them."""
-    stored, unlike = work.stored, False
+    stored, kind, unlike = work.stored, UNKNOWN, False
     found: list[Found] = []
     first = BLOCK if stored.in_tar else 0
     data = piece[first : first + int(stored.length[i])]
     if len(piece) < int(_stops(stored)[i] - _starts(stored)[i]):
-        return [("checksums", f"{stored.where(i)}: the file ends inside it")], False
+        return Checked([("checksums", f"{stored.where(i)}: the file ends inside it")])
     if stored.crc32 is not None and zlib.crc32(data) != stored.crc32[i]:
         problem = f"CRC-32 of its data is {zlib.crc32(data):08x}, not {stored.crc32[i]:08x}: damaged"
         found.append(("checksums", f"{stored.where(i)}: {problem}"))
     if stored.in_tar:
-        work.kind[i] = _kind(data, piece)
-        if not _is_framed(stored, i, piece, data, int(work.kind[i])):
+        kind = _kind(data, piece)
+        if not _is_framed(stored, i, piece, data, kind):
             found.append(("checksums", f"{stored.where(i)}: its tar headers, label or padding are not as written"))
     if work.deep:
         problem = _decoding_problem(stored, i, data)
@@ -256,7 +254,7 @@ def _check_bytes(work: Work, i: int, piece: memoryview) -> tuple[list[Found], bo
             problem, unlike = compare_image(stored, work.source, i, bytes(data))
             if problem:
                 found.append(("source", f"{stored.where(i)}: {problem}"))
-    return found, unlike
+    return Checked(found, kind, unlike)
 
 
 def _kind(data: memoryview, piece: memoryview) -> int:

@@ -74,8 +74,10 @@ def compare_image(stored: Stored, source: Source, i: int, data: bytes) -> tuple[
     entry = int(stored.index[i])
     try:
         kept = source.options.to == "webdataset" or source.options.mode == "original"
-        if kept and (stored.size[i] == stored.original[i]).all() and source.images.read(entry) == data:
-            return "", False
+        if kept and (stored.size[i] == stored.original[i]).all():
+            found = source.images.read(entry)
+            if isinstance(found, bytes) and found == data:
+                return "", False
     except BadImage as error:
         return f"its source cannot be read any more: {error}", False
     match encode(source.images, source.options, entry):

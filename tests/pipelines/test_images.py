@@ -176,6 +176,15 @@ def test_what_was_done_to_an_image_is_told_in_the_order_of_changes(data, made):
     assert decoded_size(data) == (48, 64)
 
 
+def test_what_else_a_file_says_does_not_get_into_another():
+    words = {"exif": oriented(6), "icc_profile": b"a profile of some colours", "comment": b"a comment"}
+    for upright in (False, True):
+        image, _ = open_image(encoded(Image.fromarray(picture()), **words), upright)
+        assert image.info == {}
+        again = encoded(image, quality=90)
+        assert not any(word in again for word in (b"Exif", b"a profile", b"a comment"))
+
+
 def test_cmyk_is_inverted_in_a_jpeg_as_adobe_writes_it_and_not_in_a_tiff():
     flat = Image.new("CMYK", (16, 16), (10, 200, 100, 0))
     for file_format in ("JPEG", "TIFF"):

@@ -178,7 +178,6 @@ def test_about_200_bytes_anywhere_are_each_found(copy, to):
     """As many in each file, and in a .beton as many in its head, its data and its table as in the gaps."""
     root, draw = copy(to), np.random.default_rng(7)
     ranges = [(path, 0, path.stat().st_size) for path in sorted(root.rglob("*")) if path.is_file()]
-    ranges = [one for one in ranges if one[0].name != "manifest.json"]
     if to == "ffcv":
         beton = open_beton(root / "train.beton")
         first, last = int(beton.data_ptr.min()), int((beton.data_ptr + beton.data_size).max())
@@ -189,7 +188,7 @@ def test_about_200_bytes_anywhere_are_each_found(copy, to):
         path, start, stop = ranges[number % len(ranges)]
         place = int(draw.integers(start, stop))
         flip(path, place)
-        if check(root)[0]:
+        if check(root, workers=1)[0]:
             missed.append((path.name, place))
         flip(path, place)
     assert missed == []

@@ -64,6 +64,12 @@ def cells(text: str) -> list[str]:
 def change_manifest(root: Path, change: Callable[[dict], None]) -> None:
     raw = json.loads((root / "manifest.json").read_text())
     change(raw["splits"]["train"])
+    seal_manifest(root, raw)
+
+
+def seal_manifest(root: Path, raw: dict) -> None:
+    """With the checksum of what it says now, as an edited manifest would be refused for that alone."""
+    raw["sha256"] = hashlib.sha256(json.dumps(raw["splits"], sort_keys=True).encode()).hexdigest()
     (root / "manifest.json").write_text(json.dumps(raw, indent=1, sort_keys=True) + "\n")
 
 
@@ -251,19 +257,18 @@ def test_a_manifest_without_any_split_is_refused(whole, tmp_path):
     root = Path(shutil.copytree(whole / "tensor", tmp_path / "tensor"))
     raw = json.loads((root / "manifest.json").read_text())
     raw["splits"] = {}
-    (root / "manifest.json").write_text(json.dumps(raw, indent=1, sort_keys=True) + "\n")
+    seal_manifest(root, raw)
     with pytest.raises(DataError, match="lists nothing"):
         check(root)
 
 
-def test_a_flipped_byte_of_the_manifest_never_crashes_and_is_found_where_files_depend_on_it(whole, tmp_path):
+def test_a_flipped_byte_of_the_manifest_is_found_wherever_it_is(whole, tmp_path):
     root = Path(shutil.copytree(whole / "webdataset", tmp_path / "webdataset"))
     path = root / "manifest.json"
     before = path.read_bytes()
-    missed = set()
-    for place in range(0, len(before), 3):
+    missed = []
+    for place in range(0, len(before), 23):
         path.write_bytes(before[:place] + bytes([before[place] ^ 0x01]) + before[place + 1 :])
-        if verify(root, console=Console(quiet=True)):
-            line = before[before.rfind(b"\n", 0, place) + 1 : before.find(b"\n", place)]
-            missed.add(line.decode().split(":")[0].strip().strip('",'))
-    assert not missed & {"format", "splits", "bytes", "count", "file", "index", "index_sha256"}
+        if verify(root, workers=1, console=Console(quiet=True)):
+            missed.append(place)
+    assert missed == []

@@ -1,0 +1,211 @@
+"""A disk that is full, before or amid a conversion, is one clear line; when there is room, the same call goes on."""
+
+import io
+import os
+import re
+import resource
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from tools import conversion
+from tools import convert as convert_module
+from tools.convert import DiskFull, convert
+from tools.estimate import spread
+from tools.journal import JOURNAL, PART
+
+PAGE = 4096  # bytes, in which memory is given to files
+OPTIONS = {"ffcv": {"mode": "raw"}, "tensor": {}, "webdataset": {"max_side": 39, "shard_mb": 1}}
+
+
+def save(path: Path, seed: int, side: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)).save(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """96 images, 6 chunks, of 5 kB each."""
+    root = tmp_path_factory.mktemp("images")
+    for i in range(96):
+        save(root / "ab"[i // 48] / f"{i:02}.png", i, 40)
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory) -> dict[str, dict[str, bytes]]:
+    """What a conversion gives where there is room, by format."""
+    found = {}
+    for to, options in OPTIONS.items():
+        root = tmp_path_factory.mktemp(to)
+        convert(str(folder), root / "out", to, console=Console(quiet=True), **options)
+        found[to] = contents(root / "out")
+    return found
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Callable[[int], Path]]:
+    """Makes a disk of a size in bytes, or gives the one there is another size."""
+    place = tmp_path / "disk"
+
+    def resize(size: int) -> Path:
+        how = ["-o", f"size={size}"] if not place.is_mount() else ["-o", f"remount,size={size}"]
+        place.mkdir(exist_ok=True)
+        done = subprocess.run(["mount", "-t", "tmpfs", *how, "tmpfs", place], capture_output=True, check=False)
+        if done.returncode:
+            pytest.skip("mount is not permitted here")
+        return place
+
+    yield resize
+    if place.is_mount():
+        subprocess.run(["umount", place], check=True)
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def fill(disk: Path, room: int) -> None:
+    """Leaves `room` bytes, in whole pages."""
+    status = os.statvfs(disk)
+    with (disk / "filler").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, max(status.f_bavail * status.f_frsize - room // PAGE * PAGE, 1))
+
+
+class _FillsUp(io.StringIO):
+    """Somebody else fills the disk as soon as the estimate has been told."""
+
+    def __init__(self, disk: Path, room: int) -> None:
+        super().__init__()
+        self.disk, self.room = disk, room
+
+    def write(self, text: str) -> int:
+        if "free there" in text:
+            fill(self.disk, self.room)
+        return super().write(text)
+
+
+# --- before it begins ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("to", list(OPTIONS))
+def test_what_cannot_fit_is_refused_before_it_begins(folder, disk, to):
+    place = disk(100_000)
+    expected = (
+        r"new/out: the output needs about \d[\d.]* [kM]B, \d+\.\d kB are free there; free some space, or store less"
+    )
+    with pytest.raises(DiskFull, match=expected):
+        convert(str(folder), place / "new" / "out", to, console=Console(quiet=True), **OPTIONS[to])
+    assert list(place.iterdir()) == []
+
+
+@pytest.mark.parametrize("room", [0, PAGE])
+def test_a_disk_that_is_full_already_is_told(folder, disk, room):
+    place = disk(100_000)
+    fill(place, room)
+    with pytest.raises(DiskFull, match="space"):
+        convert(str(folder), place / "out", "tensor", console=Console(quiet=True))
+    assert [path.name for path in place.iterdir()] == ["filler"]
+
+
+# --- amid it ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _small_steps(monkeypatch) -> None:
+    """Chunks are noted as they come, and little is tried before."""
+    monkeypatch.setattr(conversion, "COMMIT_SECONDS", 0.001)
+    monkeypatch.setattr(convert_module, "spread", lambda order: spread(order, 8))
+
+
+def stage(part: Path) -> str:
+    """How far a conversion came."""
+    if not part.exists():
+        return "nothing"
+    for name in ("manifest.json", "train.beton.index.npz", "train.safetensors.index.npz", "train/index.npz"):
+        if (part / name).exists():
+            return "manifest" if name == "manifest.json" else "index"
+    return f"{len((part / JOURNAL).read_bytes().splitlines()) - 1} chunks"
+
+
+@pytest.mark.usefixtures("_small_steps")
+@pytest.mark.parametrize("to", list(OPTIONS))
+def test_a_disk_that_fills_up_at_any_moment_is_told_and_the_rest_is_done_later(folder, whole, disk, to):
+    place, stages = disk(64 << 20), set()
+    convert(str(folder), place / "out", to, workers=2, console=Console(quiet=True), **OPTIONS[to])
+    used = sum(path.stat().st_blocks * 512 for path in place.rglob("*") if path.is_file())
+    shutil.rmtree(place / "out")
+    rooms = [PAGE, *(used * k // 5 for k in range(1, 5)), *range(used - 3 * PAGE, used + 10 * PAGE, PAGE)]
+    for room in rooms:
+        call = {"workers": 2, **OPTIONS[to]}
+        said = _FillsUp(place, room)
+        try:
+            convert(str(folder), place / "out", to, console=Console(file=said, width=200), **call)
+            stages.add("done")
+        except DiskFull as error:
+            stages.add(stage(place / "out" / PART))
+            clear = (
+                r"no space for the output \(no space left on device; [\d.]+ (bytes|kB|MB) free there\); make room, and "
+            )
+            assert re.fullmatch(f"{place / 'out'}: {clear}the same command goes on where it stopped", str(error)), error
+            assert {path.name for path in place.rglob("*")} & {"filler", PART}
+            assert not (place / "out" / "manifest.json").exists()
+            (place / "filler").unlink()
+            convert(str(folder), place / "out", to, console=Console(quiet=True), **call)
+        (place / "filler").unlink(missing_ok=True)
+        assert contents(place / "out") == whole[to], room
+        shutil.rmtree(place / "out")
+    assert {"6 chunks", "index", "manifest", "done"} <= stages, stages
+    assert stages & {"1 chunks", "2 chunks", "3 chunks", "4 chunks", "5 chunks"}, stages
+
+
+@pytest.mark.parametrize("to", ["tensor", "webdataset"])
+def test_an_estimate_that_misses_large_images_is_no_harm(disk, tmp_path, to):
+    count = 260
+    tried = set(spread(np.arange(count)))
+    missed = [i for i in range(count) if i not in tried]
+    for i in range(count):
+        save(tmp_path / "src" / f"{i:03}.png", i, 220 if i in missed[:20] else 8)
+    place = disk(2_000_000)
+    with pytest.raises(DiskFull, match="no space for the output"):
+        convert(str(tmp_path / "src"), place / "out", to, console=Console(quiet=True))
+    disk(8_000_000)
+    convert(str(tmp_path / "src"), place / "out", to, console=Console(quiet=True))
+    convert(str(tmp_path / "src"), tmp_path / "whole", to, console=Console(quiet=True))
+    assert contents(place / "out") == contents(tmp_path / "whole")
+
+
+# --- where no disk can be made ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """No file may grow beyond it, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.usefixtures("_small_steps")
+@pytest.mark.parametrize("to", list(OPTIONS))
+def test_files_that_may_not_grow_are_told_and_finished_later(folder, whole, tmp_path, to):
+    data = max(whole[to].values(), key=len)
+    start = 8 << 20 if to == "ffcv" else 0
+    limits = [1000, *(start + (len(data) - start) * k // 6 for k in range(1, 6)), len(data) - 1]
+    for limit in limits:
+        out = tmp_path / str(limit)
+        with file_size_limit(limit), pytest.raises(DiskFull, match=r"no space for the output \(file too large; "):
+            convert(str(folder), out, to, console=Console(quiet=True), **OPTIONS[to])
+        assert not (out / "manifest.json").exists()
+        convert(str(folder), out, to, console=Console(quiet=True), **OPTIONS[to])
+        assert contents(out) == whole[to], limit
