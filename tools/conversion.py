@@ -24,7 +24,7 @@ from tools.shard_writer import ShardLayout, finish_shards, shard_name
 from tools.tensor_writer import TensorLayout, finish_tensors
 
 AHEAD = 3  # chunks that a worker has before it
-COMMIT_SECONDS = 0.5  # between two notes in the journal
+COMMIT_SECONDS = 0.1  # between two notes in the journal, at least
 
 
 @dataclass(slots=True)
@@ -36,6 +36,7 @@ class SplitWork:
     output: Path  # file or directory in the work directory
     order: np.ndarray  # (N,) int64, entries of the set in the order in which they are stored
     layout: BetonLayout | TensorLayout | ShardLayout
+    chunk: int  # images of each chunk, but the last
     chunks: list[Chunk] = field(default_factory=list)  # those that have their places, in order
     places: list[np.ndarray] = field(default_factory=list)  # PLACE of each chunk's rows
     committed: int = 0  # chunks that are in the journal, or on their way there
@@ -45,7 +46,7 @@ class SplitWork:
     @property
     def count(self) -> int:
         """Chunks in all."""
-        return -(-len(self.order) // self.images.chunk)
+        return -(-len(self.order) // self.chunk)
 
     @property
     def skipped(self) -> list[Skipped]:
@@ -54,10 +55,10 @@ class SplitWork:
     @property
     def done(self) -> int:
         """Images that are in the journal, or on their way there."""
-        return min(self.committed * self.images.chunk, len(self.order))
+        return min(self.committed * self.chunk, len(self.order))
 
     def indices(self, chunk: int) -> list[int]:
-        return [int(i) for i in self.order[chunk * self.images.chunk : (chunk + 1) * self.images.chunk]]
+        return [int(i) for i in self.order[chunk * self.chunk : (chunk + 1) * self.chunk]]
 
     def file(self, number: int) -> Path:
         return self.output / shard_name(number) if isinstance(self.layout, ShardLayout) else self.output
@@ -72,6 +73,11 @@ class Telling:
     say: Callable[[str], None]
 
 
+def chunk_size(images: ImageSet) -> int:
+    """Images worth one task; fewer of a small set, so that all workers have some to the end."""
+    return min(images.chunk, max(4, len(images.labels) // 64))
+
+
 def open_split(name: str, images: ImageSet, output: Path, options: Options) -> SplitWork:
     total = len(images.labels)
     match options.to:
@@ -82,7 +88,7 @@ def open_split(name: str, images: ImageSet, output: Path, options: Options) -> S
         case "webdataset":
             layout = ShardLayout(options.shard_mb * 10**6)
     order = permutation(total, 0, 0) if options.shuffle else np.arange(total)
-    return SplitWork(name, images, output, order, layout)
+    return SplitWork(name, images, output, order, layout, chunk_size(images))
 
 
 def go_back(split: SplitWork, past: list[Chunk]) -> None:
@@ -158,7 +164,7 @@ def _follow(
     for worker in (*range(len(crew.processes)),) * AHEAD:
         _assign(crew, worker, todo)
     while left:
-        for worker, message in crew.receive(timeout=COMMIT_SECONDS):
+        for worker, message in crew.receive(timeout=1.0):
             last_news = time.monotonic()
             match message:
                 case Encodings(split=name, chunk=number, rows=rows, skipped=skipped):
@@ -169,12 +175,13 @@ def _follow(
                     left -= 1
                     _assign(crew, worker, todo)
         now = time.monotonic()
-        if now - noted >= COMMIT_SECONDS or not left:
+        if now - noted >= COMMIT_SECONDS and not work.busy:
             _commit(list(splits.values()), work)
             noted = now
         if now - last_news >= PATIENCE:
             telling.say(f"nothing has come for {PATIENCE} s; the workers are at {crew.whereabouts()}")
             last_news = now
+    _commit(list(splits.values()), work)
     work.settle()
 
 

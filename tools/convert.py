@@ -21,7 +21,7 @@ from rich.console import Console
 from pipelines.manifest import NAME, Manifest, SplitRecord, manifest_text, read_manifest
 from pipelines.shards import INDEX
 from ressl.batch import DataError
-from tools.conversion import SplitWork, finish, go_back, open_split, write_all
+from tools.conversion import SplitWork, chunk_size, finish, go_back, open_split, write_all
 from tools.convert_report import conclude, introduce, name_some, shown
 from tools.convert_request import (
     SUFFIX,
@@ -206,7 +206,7 @@ def _header(options: Options, sets: dict[str, ImageSet]) -> dict[str, Any]:
         "torch's instruction set": torch.backends.cpu.get_cpu_capability(),
     }
     splits = {
-        name: {"images": len(images.labels), "chunk": images.chunk, "fingerprint": _fingerprint(images)}
+        name: {"images": len(images.labels), "chunk": chunk_size(images), "fingerprint": _fingerprint(images)}
         for name, images in sets.items()
     }
     return {"options": asdict(options), "software": software, "splits": splits}
@@ -249,7 +249,7 @@ def _foresee(splits: list[SplitWork], crew: Crew, request: Request, console: Con
     """Tries some images and shows what is to be expected. Raises DiskFull where it cannot fit."""
     expected: dict[str, Estimate] = {}
     for split in splits:
-        rest = split.order[split.committed * split.images.chunk :]
+        rest = split.order[split.done :]
         if len(rest):
             fixed = 0 if split.committed else split.layout.fixed
             expected[split.name] = estimate(_try(split, rest, crew), len(rest), request.workers, fixed)

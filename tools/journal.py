@@ -136,6 +136,11 @@ class WorkDirectory:
         ]
         self.pending = self.pool.submit(self._commit, records, list(files))
 
+    @property
+    def busy(self) -> bool:
+        """Whether what was committed is not yet noted."""
+        return self.pending is not None and not self.pending.done()
+
     def settle(self) -> None:
         """Waits until all that was committed is noted."""
         if self.pending is not None:

@@ -29,7 +29,8 @@ from tools.journal import JOURNAL, PART
 
 KILLS = 10
 DEAD = 17  # exit status
-IMAGES = 320  # 20 chunks
+IMAGES = 320
+CHUNKS = 64  # of five images each
 OPTIONS = {
     "ffcv": {"mode": "smart", "max_side": 120},
     "tensor": {"max_side": 120},
@@ -160,7 +161,7 @@ def test_ten_kills_at_random_moments_leave_the_same_bytes(photos, undisturbed, t
     rng = np.random.default_rng(sorted(OPTIONS).index(to))
     gained, named, kills = [], [], 0
     while kills < KILLS:
-        if (before := noted(dst)) > IMAGES // 16 // 2:  # finished, and begun anew
+        if (before := noted(dst)) > CHUNKS // 2:  # finished, and begun anew
             work(console=Console(quiet=True))
             assert contents(dst) == undisturbed(to)
             shutil.rmtree(dst)
@@ -205,14 +206,15 @@ def test_ctrl_c_keeps_what_is_done_and_says_so(photos, undisturbed, tmp_path, qu
     assert ends == "KeyboardInterrupt: "
     found = re.fullmatch(rf"(\d+) images are kept in {dst / PART}; the same command goes on after them", kept)
     assert found, kept
-    done = -(-int(found[1]) // 16) * 16  # one image of these may be the damaged one
-    assert done >= 32
     assert len(workers) == 2
     wait_until(lambda: not any(map(alive, workers)), 1, "workers live on without the converter")
     assert names(dst) == [PART]
     said = io.StringIO()
     work(dst, console=Console(file=said, width=200))
-    assert f"train: 320 images, 2 classes; goes on after {done} of them" in said.getvalue()
+    went_on = re.search(r"train: 320 images, 2 classes; goes on after (\d+) of them", said.getvalue())
+    assert went_on, said.getvalue()
+    assert int(went_on[1]) - int(found[1]) in (0, 1)  # one may be the damaged one
+    assert int(found[1]) >= 10
     assert contents(dst) == undisturbed("ffcv")
 
 

@@ -20,7 +20,7 @@ class ImageSet:
     stamp: Callable[[int], tuple[int, int]]  # bytes and mtime (ns) of what holds it; (-1, -1) where that is gone
     identity: str = ""  # differs when an archive or an array that holds images does; files are known by their stamps
     notes: tuple[str, ...] = ()  # what the user should know: files left out, empty classes
-    chunk: int = 16  # images worth one task
+    chunk: int = 64  # images worth one task
     in_order: bool = False  # whether reading them in another order is many times slower
 
 

@@ -67,10 +67,10 @@ def clean_name(name: str) -> str:
     return name
 
 
-def stamp_of(path: Path) -> tuple[int, int]:
+def stamp_of(path: Path | str) -> tuple[int, int]:
     """Bytes and mtime (ns); (-1, -1) where it is gone."""
     try:
-        status = path.stat()
+        status = os.stat(path)  # noqa: PTH116  # making a Path takes longer than the call
     except OSError:
         return (-1, -1)
     return (status.st_size, status.st_mtime_ns)

@@ -89,8 +89,8 @@ def _list_directory(root: Path, directory: str, deep: bool) -> Listing:
         raise DataError(f"{error.filename}: cannot be listed: {error.strerror}") from None
     return Listing(
         names=names,
-        read=lambda i: read_file(base / names[i]),
-        stamp=lambda i: stamp_of(base / names[i]),
+        read=lambda i: read_file(f"{base}/{names[i]}"),
+        stamp=lambda i: stamp_of(f"{base}/{names[i]}"),
         ignored=dict(sorted(ignored.items())),
     )
 
