@@ -266,7 +266,7 @@ def _foresee(splits: list[SplitWork], crew: Crew, request: Request, console: Con
 
 
 def _try(split: SplitWork, rest: np.ndarray, crew: Crew) -> list[Sample]:
-    indices = spread(rest)
+    indices = spread(rest, run=AT_ONCE if split.images.in_order else 1)
     tasks = [indices[i : i + AT_ONCE] for i in range(0, len(indices), AT_ONCE)]
     samples: list[Sample] = []
     waiting = iter(tasks)

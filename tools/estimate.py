@@ -18,6 +18,7 @@ from pipelines.images import BadImage
 from tools.encode import Options, Skipped, encode, lossy, prepare
 from tools.image_sets.image_set import ImageSet
 from tools.quality import psnr, ssim
+from tools.shard_writer import BLOCK, padded
 
 SAMPLES = 200  # images that are tried of each split
 TABLES = 100  # bytes an image takes in tables and padding, about
@@ -26,7 +27,7 @@ MARGIN = 1.02  # of the expected size that must be free
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    stored: int  # bytes; 0 where the image cannot be read
+    stored: int  # bytes it takes in the output; 0 where the image cannot be read
     seconds: float  # to read and encode it
     loss: tuple[float, float] | None  # PSNR (dB) and SSIM against the image before it was encoded; None: no loss
 
@@ -55,9 +56,15 @@ def sample_image(images: ImageSet, options: Options, i: int) -> Sample:
     loss = None
     if lossy(options) and int(one.row["mode"]) == JPG and one.data[:2] == b"\xff\xd8":
         found = images.read(i)
-        if found != one.data:
+        if not isinstance(found, bytes) or found != one.data:
             loss = _loss(found, options, one.data)
-    return Sample(len(one.data), seconds, loss)
+    return Sample(_room(len(one.data), options), seconds, loss)
+
+
+def _room(length: int, options: Options) -> int:
+    """Bytes in the output that an image of so many takes, its share of the tables counted, about."""
+    around = padded(length) - length + 3 * BLOCK + TABLES if options.to == "webdataset" else 0  # tar, its DALI index
+    return length + TABLES + around
 
 
 def _loss(found: bytes | np.ndarray, options: Options, data: bytes) -> tuple[float, float] | None:
@@ -70,15 +77,16 @@ def _loss(found: bytes | np.ndarray, options: Options, data: bytes) -> tuple[flo
     return psnr(before, after), ssim(before, after)
 
 
-def spread(order: np.ndarray, count: int = SAMPLES) -> list[int]:
-    """Up to `count` of the entries, evenly spread."""
-    places = np.unique(np.linspace(0, len(order) - 1, min(count, len(order))).astype(int))
+def spread(order: np.ndarray, count: int = SAMPLES, run: int = 1) -> list[int]:
+    """Up to `count` of the entries, evenly spread: `run` neighbours at a time."""
+    starts = np.linspace(0, max(0, len(order) - run), min(count, len(order)) // run or 1).astype(int)
+    places = np.unique((starts[:, None] + np.arange(run)).clip(max=len(order) - 1))
     return [int(order[place]) for place in places]
 
 
 def estimate(samples: Sequence[Sample], images: int, workers: int, fixed: int) -> Estimate:
     """For `images` images like the samples, and `fixed` bytes that the format takes by itself."""
-    sizes = np.array([sample.stored + TABLES * (sample.stored > 0) for sample in samples], float)
+    sizes = np.array([sample.stored for sample in samples], float)
     losses = np.array([sample.loss for sample in samples if sample.loss is not None]).reshape(-1, 2)
     seconds = float(np.mean([sample.seconds for sample in samples]))
     return Estimate(
