@@ -345,7 +345,7 @@ def test_a_corrupt_file_is_replaced_aloud_or_fatal(
 # --- help ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", ["quickstart", "convert", "views", "pretrain", "evaluate", "doctor"])
+@pytest.mark.parametrize("verb", ["quickstart", "convert", "verify", "views", "pretrain", "evaluate", "doctor"])
 def test_every_verb_explains_itself(verb: str, ressl: Launch) -> None:
     code, out, _ = ressl(verb, "--help")
     assert code == 0 and "Usage:" in out and f" {verb} " in out and len(out.splitlines()) > 5

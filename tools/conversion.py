@@ -12,7 +12,7 @@ import numpy as np
 from pipelines.sampler import permutation
 from ressl.batch import DataError
 from tools.beton_writer import BetonLayout, finish_beton
-from tools.crew import PATIENCE, Crew, Encode, Encodings, Write, Written
+from tools.crew import Crew, Encode, Encodings, Write, Written
 from tools.encode import Options, Skipped, printable
 from tools.image_sets.image_set import ImageSet
 from tools.index_file import SUFFIX as INDEX_SUFFIX
@@ -160,12 +160,11 @@ def _follow(
 ) -> None:
     """Hands out the chunks and answers the workers until all are written."""
     left = len(todo)
-    noted = last_news = time.monotonic()
+    noted = time.monotonic()
     for worker in (*range(len(crew.processes)),) * AHEAD:
         _assign(crew, worker, todo)
     while left:
         for worker, message in crew.receive(timeout=1.0):
-            last_news = time.monotonic()
             match message:
                 case Encodings(split=name, chunk=number, rows=rows, skipped=skipped):
                     splits[name].waiting[number] = (worker, Chunk(rows, tuple(skipped)))
@@ -178,9 +177,8 @@ def _follow(
         if now - noted >= COMMIT_SECONDS and not work.busy:
             _commit(list(splits.values()), work)
             noted = now
-        if now - last_news >= PATIENCE:
-            telling.say(f"nothing has come for {PATIENCE} s; the workers are at {crew.whereabouts()}")
-            last_news = now
+        if standstill := crew.standstill():
+            telling.say(standstill)
     _commit(list(splits.values()), work)
     work.settle()
 

@@ -252,7 +252,7 @@ def _foresee(splits: list[SplitWork], crew: Crew, request: Request, console: Con
         rest = split.order[split.done :]
         if len(rest):
             fixed = 0 if split.committed else split.layout.fixed
-            expected[split.name] = estimate(_try(split, rest, crew), len(rest), request.workers, fixed)
+            expected[split.name] = estimate(_try(split, rest, crew, console), len(rest), request.workers, fixed)
     if not expected:
         return
     free = free_bytes(request.dst)
@@ -265,7 +265,7 @@ def _foresee(splits: list[SplitWork], crew: Crew, request: Request, console: Con
         )
 
 
-def _try(split: SplitWork, rest: np.ndarray, crew: Crew) -> list[Sample]:
+def _try(split: SplitWork, rest: np.ndarray, crew: Crew, console: Console) -> list[Sample]:
     indices = spread(rest, run=AT_ONCE if split.images.in_order else 1)
     tasks = [indices[i : i + AT_ONCE] for i in range(0, len(indices), AT_ONCE)]
     samples: list[Sample] = []
@@ -280,6 +280,8 @@ def _try(split: SplitWork, rest: np.ndarray, crew: Crew) -> list[Sample]:
             received += 1
             for task in islice(waiting, 1):
                 crew.send(worker, Measure(split.name, task))
+        if standstill := crew.standstill():
+            console.print(printable(standstill), markup=False, highlight=False, soft_wrap=True)
     return samples
 
 

@@ -9,6 +9,7 @@ import ctypes
 import mmap
 import os
 import signal
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -97,6 +98,7 @@ class Crew:
         self.sets = sets
         self.at = np.frombuffer(mmap.mmap(-1, 16 * count), np.int64).reshape(count, 2)  # split and image, by worker
         self.at[:] = NOTHING
+        self.heard = time.monotonic()
         self.connections: list[Connection] = []
         self.processes: list[BaseProcess] = []
         try:
@@ -134,7 +136,8 @@ class Crew:
 
     def receive(self, timeout: float) -> list[tuple[int, News]]:
         """News of the workers, by number; nothing after `timeout` seconds. Raises WorkerDied, and what a worker did."""
-        ready = wait(self.connections, timeout)
+        if ready := wait(self.connections, timeout):
+            self.heard = time.monotonic()
         return [(worker, self._receive_from(worker)) for worker in map(self.connections.index, ready)]  # type: ignore[arg-type]
 
     def _receive_from(self, worker: int) -> News:
@@ -148,6 +151,14 @@ class Crew:
             case Failed(error=text):
                 raise RuntimeError(f"a worker failed:\n{text}")
         return message
+
+    def standstill(self) -> str:
+        """What a person should be told once nothing has come for PATIENCE seconds, and again as long after that; else
+        nothing."""
+        if time.monotonic() - self.heard < PATIENCE:
+            return ""
+        self.heard = time.monotonic()
+        return f"nothing has come for {PATIENCE} s; the workers are at {self.whereabouts() or 'no image'}"
 
     def whereabouts(self) -> str:
         """The image that each worker is at, for those that are at one."""

@@ -1,7 +1,6 @@
 """What a conversion will take, told from some of its images before it begins: size, time, loss of quality."""
 
 import io
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -120,12 +119,12 @@ def show_estimates(estimates: dict[str, Estimate], free: int, workers: int, cons
     table.add_column("split", footer="together")
     table.add_column("images", justify="right", footer=f"{sum(one.images for one in estimates.values()):,}")
     table.add_column("size", justify="right", footer=size_text(total))
-    table.add_column(f"time, {workers} of {os.cpu_count()} cores", justify="right", footer=time_text(seconds))
-    table.add_column("quality of what is encoded anew")
+    table.add_column(f"time, {workers} workers", justify="right", footer=time_text(seconds))
+    table.add_column("quality")
     table.add_column("unreadable", justify="right")
     for split, one in estimates.items():
         size = f"{size_text(one.stored)} ± {100 * one.error / max(one.stored, 1):.0f} %"
-        loss = "nothing is" if one.ssim is None else "equal"
+        loss = "unchanged"
         if one.psnr is not None:
             loss = f"PSNR {one.psnr:.1f} dB, SSIM {one.ssim:.4f}"
         unreadable = f"{one.unreadable} of {one.tried}"

@@ -57,8 +57,8 @@ class WorkDirectory:
         self.made = [path for path in (self.path, dst, *dst.parents) if not path.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            foreign = [] if (self.path / JOURNAL).exists() else sorted(one.name for one in self.path.iterdir())
-            if foreign:
+            foreign = sorted(one.name for one in self.path.iterdir() if one.name != JOURNAL and not _is_ours(one))
+            if foreign and not (self.path / JOURNAL).exists():
                 raise DataError(f"{self.path}: holds {foreign[0]!r}, which `convert` did not write; move it away")
             self.file = (self.path / JOURNAL).open("a+b", buffering=0)
         except OSError as error:
@@ -96,23 +96,29 @@ class WorkDirectory:
                 case {"sealed": sealed}:
                     past.sealed = sealed
                 case {"split": split, "rows": rows, "skipped": skipped}:
-                    table = np.frombuffer(zlib.decompress(base64.b64decode(rows)), ROW)
-                    chunk = Chunk(table, tuple(Skipped(i, name, why, tuple(at)) for i, name, why, at in skipped))
-                    past.chunks.setdefault(split, []).append(chunk)
+                    past.chunks.setdefault(split, []).append(self._chunk_of(rows, skipped))
         self.file.truncate(good)
         return past
+
+    def _chunk_of(self, rows: str, skipped: list[list[Any]]) -> Chunk:
+        try:
+            table = np.frombuffer(zlib.decompress(base64.b64decode(rows)), ROW)
+            return Chunk(table, tuple(Skipped(i, name, why, tuple(at)) for i, name, why, at in skipped))
+        except ValueError:
+            raise DataError(f"{self.path}: begun by another version of this program; remove it to begin anew") from None
 
     def clear(self) -> None:
         """Forgets the past. What `convert` did not write stays."""
         for path in self.path.iterdir():
-            if path.name != JOURNAL and (path.is_dir() or "." in path.name) and re.fullmatch(OUTPUTS, path.name):
+            if _is_ours(path):
                 _remove(path)
         self.file.truncate(0)
 
     def discard(self) -> None:
         """Removes the directory with all of ours that is in it, and those that were made for it and are empty."""
-        self.clear()
-        (self.path / JOURNAL).unlink()
+        with suppress(FileNotFoundError):  # it was interrupted where the directory was gone
+            self.clear()
+        (self.path / JOURNAL).unlink(missing_ok=True)
         for path in (self.path, *self.made):
             with suppress(OSError):  # something else is in it
                 path.rmdir()
@@ -224,6 +230,11 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether it is named as something that a conversion makes beside the journal."""
+    return (path.is_dir() or "." in path.name) and re.fullmatch(OUTPUTS, path.name) is not None
 
 
 def _remove(path: Path) -> None:

@@ -41,8 +41,16 @@ class Report:
         count = self.counts[column]
         found = [f"{count:,} problem{'s' * (count != 1)}"] if count else []
         if column in self.unchecked:
-            found.append(f"not checked: {self.unchecked[column]}")
+            found.append("not checked")
         return "; ".join(found) or "ok"
+
+    def reasons(self) -> list[str]:
+        """Why something was not checked, a line for each reason."""
+        whys = dict.fromkeys(self.unchecked[column] for column in COLUMNS if column in self.unchecked)
+        return [
+            f"{', '.join(column for column in COLUMNS if self.unchecked.get(column) == why)} not checked: {why}"
+            for why in whys
+        ]
 
 
 def print_reports(reports: Sequence[Report], console: Console) -> None:
@@ -53,7 +61,7 @@ def print_reports(reports: Sequence[Report], console: Console) -> None:
         table.add_row(*(Text(printed(cell), style=_colour(cell)) for cell in cells))
     console.print(table)
     for report in reports:
-        for note in report.notes:
+        for note in (*report.reasons(), *report.notes):
             _print(console, f"{report.title}: {note}")
     problems = sum(report.counts.total() for report in reports)
     lines = [line for report in reports for line in report.lines][:SHOWN]

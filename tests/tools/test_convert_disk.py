@@ -1,13 +1,18 @@
 """A disk that is full, before or amid a conversion, is one clear line; when there is room, the same call goes on."""
 
+import errno
 import io
 import os
 import re
 import resource
 import shutil
 import subprocess
+import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +20,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from ressl.batch import DataError
 from tools import conversion
 from tools import convert as convert_module
 from tools.convert import DiskFull, convert
@@ -67,6 +73,17 @@ def disk(tmp_path) -> Iterator[Callable[[int], Path]]:
     yield resize
     if place.is_mount():
         subprocess.run(["umount", place], check=True)
+
+
+@pytest.fixture
+def quick(tmp_path) -> Iterator[Path]:
+    """A directory in memory where there is room, as a disk takes its time for every fsync."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK) or shutil.disk_usage(memory).free < 1 << 28:
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=memory) as name:
+        yield Path(name)
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -123,7 +140,7 @@ def test_a_disk_that_is_full_already_is_told(folder, disk, room):
 def _small_steps(monkeypatch) -> None:
     """Chunks are noted as they come, and little is tried before."""
     monkeypatch.setattr(conversion, "COMMIT_SECONDS", 0.001)
-    monkeypatch.setattr(convert_module, "spread", lambda order: spread(order, 8))
+    monkeypatch.setattr(convert_module, "spread", partial(spread, count=8))
 
 
 def stage(out: Path) -> str:
@@ -171,10 +188,9 @@ def test_a_disk_that_fills_up_at_any_moment_is_told_and_the_rest_is_done_later(f
 
 @pytest.mark.parametrize("to", ["tensor", "webdataset"])
 def test_an_estimate_that_misses_large_images_is_no_harm(disk, tmp_path, to):
-    count = 260
-    tried = set(spread(np.arange(count)))
-    missed = [i for i in range(count) if i not in tried]
-    for i in range(count):
+    tried = set(spread(np.arange(260)))
+    missed = [i for i in range(260) if i not in tried]
+    for i in range(260):
         save(tmp_path / "src" / f"{i:03}.png", i, 220 if i in missed[:20] else 8)
     place = disk(2_000_000)
     with pytest.raises(DiskFull, match="no space for the output"):
@@ -212,3 +228,68 @@ def test_files_that_may_not_grow_are_told_and_finished_later(folder, whole, tmp_
         assert not (out / "manifest.json").exists()
         convert(str(folder), out, to, console=Console(quiet=True), **OPTIONS[to])
         assert contents(out) == whole[to], limit
+
+
+# --- one call that fails ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_splits(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("splits")
+    for i in range(8):
+        save(root / ("train", "val")[i // 4] / "ab"[i % 2] / f"{i}.png", i, 12)
+    return root
+
+
+def fail_at(number: int, error: BaseException, patch: pytest.MonkeyPatch) -> None:
+    """The n-th call of this process that makes, moves, removes or settles files does nothing but fail."""
+    process, calls = os.getpid(), count(1)
+
+    def call(real: Callable, *arguments, **options):
+        mine = threading.current_thread() is threading.main_thread() or isinstance(error, OSError)
+        if os.getpid() == process and mine and next(calls) == number:
+            raise error
+        return real(*arguments, **options)
+
+    for name in ("rename", "replace", "fsync", "fdatasync", "mkdir", "rmdir", "unlink", "write"):
+        patch.setattr(os, name, partial(call, getattr(os, name)))
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome", "to", "again"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "DiskFull", "tensor", False),
+        (OSError(errno.EIO, "Input/output error"), "DataError", "webdataset", True),
+        (KeyboardInterrupt(), "KeyboardInterrupt", "webdataset", True),
+    ],
+    ids=["full", "broken", "ctrl-c"],
+)
+def test_whatever_call_fails_the_data_is_old_or_new_and_the_next_one_goes_on(
+    two_splits, tmp_path, quick, monkeypatch, error, outcome, to, again
+):
+    work = partial(convert, str(two_splits), to=to, workers=1, overwrite=True, console=Console(quiet=True))
+    work(dst=tmp_path / "new")
+    work(dst=tmp_path / "old", max_side=8)
+    new, old = contents(tmp_path / "new"), contents(tmp_path / "old")
+    out, outcomes = quick / "out", []
+    while outcomes[-6:] != ["none"] * 6:  # to remove an empty directory may fail
+        shutil.rmtree(out, ignore_errors=True)
+        if again:
+            shutil.copytree(tmp_path / "old", out)
+        with monkeypatch.context() as patch:
+            fail_at(len(outcomes) + 1, error, patch)
+            try:
+                work(dst=out)
+                outcomes.append("none")
+            except (DataError, DiskFull, KeyboardInterrupt) as raised:
+                outcomes.append(type(raised).__name__)
+        found = contents(out) if out.exists() else {}
+        named = {name: data for name, data in found.items() if not name.startswith(PART)}
+        assert all(data in (new[name], old[name]) for name, data in named.items()), len(outcomes)
+        if outcomes[-1] == "none" or named.get("manifest.json") == new["manifest.json"]:
+            assert named == new, len(outcomes)
+        work(dst=out)
+        assert contents(out) == new, len(outcomes)
+        assert not (out / PART).exists(), len(outcomes)
+    assert set(outcomes[3:]) == {outcome, "none"}  # a directory that cannot be made is a DataError, whatever the reason
+    assert outcomes.count(outcome) > 20

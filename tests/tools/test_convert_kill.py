@@ -21,7 +21,7 @@ from PIL import Image
 from rich.console import Console
 
 from ressl.batch import DataError
-from tools import conversion
+from tools import conversion, crew
 from tools import convert as convert_module
 from tools.convert import convert
 from tools.estimate import spread
@@ -237,7 +237,7 @@ def test_workers_that_stand_still_are_told_with_their_images(photos, tmp_path, q
 
     def prepare() -> None:
         note_often()
-        conversion.PATIENCE = 0.2
+        crew.PATIENCE = 0.2
 
     pid = start(report, prepare, lambda console: convert(str(photos), dst, "tensor", workers=2, console=console))
     wait_until(lambda: noted(dst) >= 1 or not alive(pid), 20, "nothing was noted")
@@ -253,6 +253,26 @@ def test_workers_that_stand_still_are_told_with_their_images(photos, tmp_path, q
         if told.search(report.read_text()):
             break
     assert told.search(report.read_text()), report.read_text()
+    end_of(pid, 20)
+    assert report.read_text().endswith("done\n")
+
+
+def test_workers_that_stand_still_while_the_size_is_foretold_are_told_too(photos, tmp_path, quick):
+    report = tmp_path / "report"
+
+    def prepare() -> None:
+        crew.PATIENCE = 0.2
+
+    work = partial(convert, str(photos), quick / "out", "ffcv", mode="jpg", workers=2)
+    pid = start(report, prepare, lambda console: work(console=console))
+    wait_until(lambda: len(children(pid)) == 2 or not alive(pid), 20, "no workers")
+    workers = children(pid)
+    for worker in workers:
+        os.kill(worker, signal.SIGSTOP)
+    wait_until(lambda: "nothing has come for 0.2 s" in report.read_text(), 5, "nothing was told")
+    assert "expected, from" not in report.read_text()
+    for worker in workers:
+        os.kill(worker, signal.SIGCONT)
     end_of(pid, 20)
     assert report.read_text().endswith("done\n")
 

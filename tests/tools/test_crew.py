@@ -18,6 +18,7 @@ from pipelines.images import BadImage
 from ressl.batch import DataError
 from tools.crew import Crew, Encode, Encodings, Measure, Measured, News, WorkerDied, Write, Written
 from tools.encode import Options
+from tools.estimate import TABLES
 from tools.image_sets.image_set import ImageSet
 from tools.rows import PLACE
 
@@ -102,7 +103,7 @@ def test_images_that_are_measured_are_not_kept(tmp_path):
         crew.send(0, Measure("train", [1, 2, 3]))
         ((_, news),) = next_news(crew)
         assert isinstance(news, Measured)
-        assert [sample.stored for sample in news.samples] == [192] * 3
+        assert [sample.stored for sample in news.samples] == [192 + TABLES] * 3
         assert crew.whereabouts() == ""
 
 

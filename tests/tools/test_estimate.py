@@ -44,7 +44,7 @@ def jpeg(image: np.ndarray, quality: int = 95) -> bytes:
 
 def image_set(*found: bytes | np.ndarray) -> ImageSet:
     def read(i: int) -> bytes | np.ndarray:
-        if found[i] == b"gone":
+        if isinstance(found[i], bytes) and found[i] == b"gone":
             raise BadImage("no such file")
         return found[i]
 

@@ -1,10 +1,13 @@
 """What the journal says of the past is true, whatever moment the process that wrote it died at."""
 
+import base64
 import io
+import json
 import os
 import resource
 import shutil
 import threading
+import zlib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import partial
@@ -112,8 +115,26 @@ def test_a_line_that_is_no_record_ends_the_past(tmp_path, text):
     told = write_past(tmp_path)
     path = tmp_path / PART / JOURNAL
     lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join((*lines[:3], b"%08x %s\n" % (journal.zlib.crc32(text), text), *lines[3:])))
+    path.write_bytes(b"".join((*lines[:3], b"%08x %s\n" % (zlib.crc32(text), text), *lines[3:])))
     assert same(read(tmp_path), told[3])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rows": base64.b64encode(zlib.compress(bytes(100))).decode()}, {"skipped": [[1, "a"]]}],
+    ids=["rows", "skipped"],
+)
+def test_a_journal_of_another_version_is_refused_and_kept(tmp_path, change):
+    write_past(tmp_path)
+    path = tmp_path / PART / JOURNAL
+    record = json.loads(path.read_bytes().splitlines()[2].split(b" ", 1)[1])
+    text = json.dumps(record | change).encode()
+    with path.open("ab") as file:
+        file.write(b"%08x %s\n" % (zlib.crc32(text), text))
+    before = path.read_bytes()
+    with pytest.raises(DataError, match=r"convert\.part: begun by another version of this program; remove it to begin"):
+        read(tmp_path)
+    assert path.read_bytes() == before
 
 
 # --- what is noted is on the disk ------------------------------------------------------------------------------------

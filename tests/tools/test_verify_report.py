@@ -21,8 +21,10 @@ def test_a_cell_says_how_many_problems_there_are_and_what_was_not_checked():
     report.leave("no time", "structure", "source")
     report.leave("another reason", "source")
     report.add("structure", "b")
-    assert report.cell("structure") == "2 problems; not checked: no time"
-    assert report.cell("source") == "not checked: no time"
+    assert report.cell("structure") == "2 problems; not checked"
+    assert report.cell("source") == "not checked"
+    report.leave("too large", "decoding")
+    assert report.reasons() == ["structure, source not checked: no time", "decoding not checked: too large"]
 
 
 def test_the_first_problems_of_all_splits_are_shown_and_the_rest_counted():
