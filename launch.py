@@ -47,11 +47,11 @@ from ressl.runtime import MachineError, Runtime, launched, preferred_device
 from ressl.trainer import train
 from tools.convert import DiskFull
 from tools.convert import convert as convert_data
-from tools.crew import WorkerDied
 from tools.decoding import shown_decoding
 from tools.doctor import run_doctor
 from tools.encode import Check, Format, Mode
 from tools.evaluation import record_evaluation
+from tools.forked import WorkerDied
 from tools.plan import make_plan, print_plan, remarks
 from tools.preview import draw_views
 from tools.processes import ProcessesFailed, another_failed, end_with_launcher, first_to_fail, run_processes
@@ -246,7 +246,7 @@ def verify(
     labels: Annotated[Path | None, typer.Option(help="where the list of labels is now")] = None,
     workers: Annotated[int, typer.Option(help="processes; 0: one for each core", min=0)] = 0,
 ) -> None:
-    """Proves that converted data is whole: structure, counts, the checksum of every image. Exits with 2 if it is not."""
+    """Proves that converted data is whole: structure, counts, checksums of all images. Exits with 2 where it is not."""
     whole = verify_data(data, deep=deep, source=source, labels=labels, workers=workers, console=plain_console())
     raise typer.Exit(0 if whole else 2)
 

@@ -161,7 +161,7 @@ def _follow(
     """Hands out the chunks and answers the workers until all are written."""
     left = len(todo)
     noted = time.monotonic()
-    for worker in (*range(len(crew.processes)),) * AHEAD:
+    for worker in (*range(len(crew.workers.processes)),) * AHEAD:
         _assign(crew, worker, todo)
     while left:
         for worker, message in crew.receive(timeout=1.0):

@@ -270,7 +270,7 @@ def _try(split: SplitWork, rest: np.ndarray, crew: Crew, console: Console) -> li
     tasks = [indices[i : i + AT_ONCE] for i in range(0, len(indices), AT_ONCE)]
     samples: list[Sample] = []
     waiting = iter(tasks)
-    for worker, task in zip(range(len(crew.processes)), waiting, strict=False):
+    for worker, task in zip(range(len(crew.workers.processes)), waiting, strict=False):
         crew.send(worker, Measure(split.name, task))
     received = 0
     while received < len(tasks):

@@ -5,36 +5,27 @@ goes, and writes it there. So image data never passes through the parent, and ye
 on the number of workers nor on their speed. A worker ends with its parent, however that ends.
 """
 
-import ctypes
 import mmap
 import os
-import signal
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from ressl.batch import DataError
 from tools.encode import Encoded, Options, Skipped, encode
 from tools.estimate import Sample, sample_image
+from tools.forked import WorkerDied, fork_workers
 from tools.image_sets.image_set import ImageSet
 from tools.rows import PLACE, ROW, SUFFIXES
 from tools.shard_writer import BLOCK, member_blocks
 
 PATIENCE = 60  # seconds without any news after which a person is told
 NOTHING = -1  # in place of an image's index
-
-
-class WorkerDied(RuntimeError):
-    """A worker process was killed, as by a system that has no memory left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,55 +85,35 @@ class Crew:
     """`count` workers that know `sets`; to be closed, or used in a `with`, which ends them at once."""
 
     def __init__(self, sets: dict[str, ImageSet], options: Options, count: int) -> None:
-        context = get_context("fork")  # the sets, a million names among them, are shared and not copied
         self.sets = sets
         self.at = np.frombuffer(mmap.mmap(-1, 16 * count), np.int64).reshape(count, 2)  # split and image, by worker
         self.at[:] = NOTHING
         self.heard = time.monotonic()
-        self.connections: list[Connection] = []
-        self.processes: list[BaseProcess] = []
-        try:
-            with _interrupts_held_back():
-                for number in range(count):
-                    ours, theirs = context.Pipe()
-                    self.connections.append(ours)
-                    arguments = (theirs, list(self.connections), os.getpid(), sets, options, self.at[number])
-                    process = context.Process(target=_work, args=arguments, daemon=True, name=f"convert-{number}")
-                    process.start()
-                    theirs.close()
-                    self.processes.append(process)
-        except BaseException:
-            self.__exit__()
-            raise
+        self.workers = fork_workers(_work, [(sets, options, at) for at in self.at], "convert")
 
     def __enter__(self) -> "Crew":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in self.processes:
-            process.kill()
-        for process in self.processes:
-            process.join()
-        for connection in self.connections:
-            connection.close()
+        self.workers.end()
 
     def send(self, worker: int, task: Task) -> None:
         """Raises WorkerDied, and what a worker did."""
         try:
-            self.connections[worker].send(task)
+            self.workers.connections[worker].send(task)
         except OSError:
             while True:  # up to what it said last: why it ended
                 self._receive_from(worker)
 
     def receive(self, timeout: float) -> list[tuple[int, News]]:
         """News of the workers, by number; nothing after `timeout` seconds. Raises WorkerDied, and what a worker did."""
-        if ready := wait(self.connections, timeout):
+        if ready := wait(self.workers.connections, timeout):
             self.heard = time.monotonic()
-        return [(worker, self._receive_from(worker)) for worker in map(self.connections.index, ready)]  # type: ignore[arg-type]
+        return [(worker, self._receive_from(worker)) for worker in map(self.workers.connections.index, ready)]  # type: ignore[arg-type]
 
     def _receive_from(self, worker: int) -> News:
         try:
-            message = self.connections[worker].recv()
+            message = self.workers.connections[worker].recv()
         except (EOFError, OSError):
             raise self._death(worker) from None
         match message:
@@ -162,7 +133,7 @@ class Crew:
 
     def whereabouts(self) -> str:
         """The image that each worker is at, for those that are at one."""
-        names = (self._image_of(worker) for worker in range(len(self.processes)))
+        names = (self._image_of(worker) for worker in range(len(self.workers.processes)))
         return ", ".join(name for name in names if name)
 
     def _image_of(self, worker: int) -> str:
@@ -170,42 +141,13 @@ class Crew:
         return list(self.sets.values())[split].name(index) if split != NOTHING else ""
 
     def _death(self, worker: int) -> WorkerDied:
-        process = self.processes[worker]
-        process.join(timeout=5)
-        code = process.exitcode
-        how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else "ended"
-        hint = " (out of memory?)" if code == -signal.SIGKILL else ""
         image = self._image_of(worker)
-        return WorkerDied(f"worker {worker} of the conversion {how}{hint}{f' at {image}' if image else ''}")
+        how = self.workers.death(worker)
+        return WorkerDied(f"worker {worker} of the conversion {how}{f' at {image}' if image else ''}")
 
 
-@contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """Ctrl-C waits. Python forgets one that comes amid what it does itself around a fork; and workers, which keep it
-    blocked, would die of it before they can ignore it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _work(
-    connection: Connection,
-    others: list[Connection],
-    parent: int,
-    sets: dict[str, ImageSet],
-    options: Options,
-    at: np.ndarray,
-) -> None:
-    """What a worker does until it is told to stop, or its parent is gone."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of <linux/prctl.h>
-    if os.getppid() != parent:  # it was gone before
-        os._exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends its workers
-    for other in others:
-        other.close()
-    torch.set_num_threads(1)  # the parent's threads are not here, and OpenMP would wait for them
+def _work(connection: Connection, sets: dict[str, ImageSet], options: Options, at: np.ndarray) -> None:
+    """What a worker does until its parent is gone."""
     held: dict[tuple[str, int], list[Encoded]] = {}
     files: dict[Path, int] = {}
     numbers = {split: number for number, split in enumerate(sets)}

@@ -57,7 +57,7 @@ class WorkDirectory:
         self.made = [path for path in (self.path, dst, *dst.parents) if not path.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            foreign = sorted(one.name for one in self.path.iterdir() if one.name != JOURNAL and not _is_ours(one))
+            foreign = sorted(one.name for one in self.path.iterdir() if one.name not in (JOURNAL, OLD))
             if foreign and not (self.path / JOURNAL).exists():
                 raise DataError(f"{self.path}: holds {foreign[0]!r}, which `convert` did not write; move it away")
             self.file = (self.path / JOURNAL).open("a+b", buffering=0)

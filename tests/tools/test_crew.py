@@ -150,15 +150,15 @@ def test_the_image_that_a_worker_died_at_is_named(death, how, task):
 
 def test_a_worker_that_died_between_two_images_names_none():
     with Crew({"train": image_set()}, RAW, 2) as crew:
-        os.kill(crew.processes[0].pid, signal.SIGKILL)
+        os.kill(crew.workers.processes[0].pid, signal.SIGKILL)
         with pytest.raises(WorkerDied, match=r"worker 0 of the conversion was killed by SIGKILL \(out of memory\?\)$"):
             next_news(crew)
 
 
 def test_a_dead_worker_is_noticed_by_whoever_sends_to_it():
     with Crew({"train": image_set()}, RAW, 1) as crew:
-        os.kill(crew.processes[0].pid, signal.SIGKILL)
-        crew.processes[0].join()
+        os.kill(crew.workers.processes[0].pid, signal.SIGKILL)
+        crew.workers.processes[0].join()
         with pytest.raises(WorkerDied, match="worker 0 of the conversion was killed by SIGKILL"):
             crew.send(0, Encode("train", 0, [1]))
 
@@ -195,7 +195,7 @@ def test_why_a_worker_ended_is_told_to_whoever_sends_to_it():
     with Crew({"train": special(7, fail(DataError("the reason")))}, RAW, 1) as crew:
         crew.send(0, Encode("train", 0, [1]))
         crew.send(0, Encode("train", 1, [7]))
-        crew.processes[0].join(timeout=10)
+        crew.workers.processes[0].join(timeout=10)
         with pytest.raises(DataError, match="the reason"):
             crew.send(0, Encode("train", 2, [2]))
 
@@ -227,7 +227,7 @@ def test_where_the_workers_are_is_known_and_all_end_with_the_crew():
         for worker, indices in ((0, [1, 7]), (2, [7])):
             crew.send(worker, Encode("train", worker, indices))
         wait_until(lambda: crew.whereabouts() == "a/7.png, a/7.png")
-        pids = [process.pid for process in crew.processes]
+        pids = [process.pid for process in crew.workers.processes]
         began = time.monotonic()
     assert time.monotonic() - began < 1
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
@@ -240,7 +240,7 @@ def test_ctrl_c_is_left_to_the_parent():
         assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == masked
         crew.send(0, Encode("train", 0, [7]))
         wait_until(lambda: crew.whereabouts() == "a/7.png")
-        for process in crew.processes:
+        for process in crew.workers.processes:
             os.kill(process.pid, signal.SIGINT)
         event.set()
         ((worker, news),) = next_news(crew)
@@ -263,3 +263,26 @@ def test_a_crew_that_cannot_be_made_whole_leaves_no_worker(monkeypatch):
         Crew({"train": image_set()}, RAW, 3)
     assert len(forks) == 2
     assert not any(Path(f"/proc/{pid}").exists() for pid in forks)
+
+
+def test_a_worker_ends_with_its_parent_even_amid_an_image(tmp_path):
+    event = multiprocessing.get_context("fork").Event()
+    ours, theirs = multiprocessing.get_context("fork").Pipe()
+    parent = os.fork()
+    if not parent:
+        try:
+            crew = Crew({"train": special(7, event.wait)}, RAW, 1)
+            crew.send(0, Encode("train", 0, [7]))
+            wait_until(lambda: crew.whereabouts() == "a/7.png")
+            theirs.send(crew.workers.processes[0].pid)
+            time.sleep(60)
+        finally:
+            os._exit(1)
+    assert ours.poll(10)
+    worker = ours.recv()
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    # nobody may be there to take note of its end
+    wait_until(
+        lambda: not Path(f"/proc/{worker}").exists() or "\nState:\tZ" in Path(f"/proc/{worker}/status").read_text(), 1
+    )

@@ -333,7 +333,7 @@ def test_a_conversion_goes_on_after_a_journal_that_was_cut_or_damaged_anywhere(i
     whole = (interrupted / "out" / PART / JOURNAL).read_bytes()
     expected = {path.name: path.read_bytes() for path in (interrupted / "whole").iterdir()}
     went_on = set()
-    for number, position in enumerate(np.linspace(0, len(whole) - 1, 40).astype(int)):
+    for number, position in enumerate(np.linspace(0, len(whole) - 1, 24).astype(int)):
         out = tmp_path / str(position)
         shutil.copytree(interrupted / "out", out)
         damaged = bytearray(whole) if number % 2 else bytearray(whole[:position])
