@@ -6,7 +6,11 @@
 This is the only file that knows pipelines/, ressl/ and tools/ alike. `python launch.py VERB --help` explains each verb.
 """
 
+import signal
 import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C amid the imports, which take seconds, is no traceback
 
 if __name__ == "__main__" and sys.argv[1:] == ["doctor"]:  # it must work where torch, imported below, does not
     from rich.console import Console
@@ -56,6 +60,7 @@ from tools.plan import make_plan, print_plan, remarks
 from tools.preview import draw_views
 from tools.processes import ProcessesFailed, another_failed, end_with_launcher, first_to_fail, run_processes
 from tools.quickstart import quickstart as run_quickstart
+from tools.terminal import plain_console, prepare_terminal
 from tools.verify import verify as verify_data
 
 HELP = """Relational self-supervised learning: prepare images, pretrain an encoder, evaluate it.
@@ -346,11 +351,6 @@ def doctor() -> None:
     raise typer.Exit(run_doctor(Console()))
 
 
-def plain_console() -> Console:
-    """Prints text as it is: a path may hold [brackets], which rich would take for its own."""
-    return Console(markup=False, highlight=False)
-
-
 def _evaluate_for_quickstart(cfg: Config, console: Console, *, untrained: bool) -> dict[str, float]:
     return evaluate_run(cfg, console, network="student", knn=True, linear=True, untrained=untrained)
 
@@ -360,6 +360,7 @@ def _evaluate_for_quickstart(cfg: Config, console: Console, *, untrained: bool) 
 
 def main() -> int:
     """Runs the verb that was asked for. A person's mistake ends in one message and a code, never in a traceback."""
+    prepare_terminal()
     try:
         return int(app() or 0)
     except ProcessesFailed as failed:  # the process that failed has said why

@@ -102,7 +102,7 @@ def test_what_was_interrupted_goes_on_with_the_same_command_only(ressl: Launch, 
     for i in range(400):
         os.link(images / "train" / "colour0" / "000.png", images / "train" / "colour0" / f"copy{i}.png")
     command = ["convert", "images", "out", "--to", "webdataset", "--split", "train"]
-    journal = images.parent / "out" / "convert.part" / "journal"
+    journal = images.parent / "out" / "convert.part" / ".journal"
     ignoring = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); import launch; "
     slow = "import tools.encode, tools.crew, time; before = tools.crew.encode; "
     slow += "tools.crew.encode = lambda *a: (time.sleep(0.01), before(*a))[1]; "

@@ -52,7 +52,6 @@ class BetonLayout:
         self.count, self.page_size = count, page_size
         head = HEADER.itemsize + len(FIELDS) * FIELD.itemsize + count * metadata_dtype(FIELDS).itemsize
         self.position = _align(head, page_size)
-        self.fixed = 2 * page_size  # bytes that are taken anyway, about: the first page, and up to the last one's end
 
     def place(self, index: int, length: int) -> tuple[int, int]:
         """File number and first byte of the next image, the data set's entry `index`. Raises DataError above 2 GiB."""

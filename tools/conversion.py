@@ -36,11 +36,11 @@ class SplitWork:
     output: Path  # file or directory in the work directory
     order: np.ndarray  # (N,) int64, entries of the set in the order in which they are stored
     layout: BetonLayout | TensorLayout | ShardLayout
-    chunk: int  # images of each chunk, but the last
+    chunk: int  # images of each chunk, but the last; may change as long as there is none
     chunks: list[Chunk] = field(default_factory=list)  # those that have their places, in order
     places: list[np.ndarray] = field(default_factory=list)  # PLACE of each chunk's rows
     committed: int = 0  # chunks that are in the journal, or on their way there
-    written: set[int] = field(default_factory=set)  # chunks that are written, and not committed
+    written: set[int] = field(default_factory=set)  # chunks that are written
     waiting: dict[int, tuple[int, Chunk]] = field(default_factory=dict)  # encoded before their turn: worker, chunk
 
     @property
@@ -73,29 +73,41 @@ class Telling:
     say: Callable[[str], None]
 
 
-def chunk_size(images: ImageSet) -> int:
-    """Images worth one task; fewer of a small set, so that all workers have some to the end."""
-    return min(images.chunk, max(4, len(images.labels) // 64))
-
-
 def open_split(name: str, images: ImageSet, output: Path, options: Options) -> SplitWork:
+    """With chunks of up to the source's own size; fewer of a small set, so that all workers have some to the end."""
     total = len(images.labels)
+    order = permutation(total, 0, 0) if options.shuffle else np.arange(total)
+    return SplitWork(name, images, output, order, open_layout(images, options), min(images.chunk, max(4, total // 64)))
+
+
+def open_layout(images: ImageSet, options: Options) -> BetonLayout | TensorLayout | ShardLayout:
     match options.to:
         case "ffcv":
-            layout: BetonLayout | TensorLayout | ShardLayout = BetonLayout(total)
+            return BetonLayout(len(images.labels))
         case "tensor":
-            layout = TensorLayout(total, tuple(map(printable, images.classes)))
+            return TensorLayout(len(images.labels), tuple(map(printable, images.classes)))
         case "webdataset":
-            layout = ShardLayout(options.shard_mb * 10**6)
-    order = permutation(total, 0, 0) if options.shuffle else np.arange(total)
-    return SplitWork(name, images, output, order, layout, chunk_size(images))
+            return ShardLayout(options.shard_mb * 10**6)
+
+
+def still_true(split: SplitWork, past: list[Chunk]) -> list[Chunk]:
+    """The first chunks of the past, up to one with an image that could not be read and is another one now: it is tried
+    again. Raises DataError where an image that is stored has changed."""
+    for chunk in past:
+        for index, stamp in zip(chunk.rows["index"].tolist(), map(tuple, chunk.rows["stamp"].tolist()), strict=True):
+            if split.images.stamp(index) != stamp:
+                name = printable(split.images.name(index))
+                raise DataError(
+                    f"{split.name}: {name} has changed since the conversion was interrupted; --restart begins anew"
+                )
+    changed = (any(split.images.stamp(one.index) != one.stamp for one in chunk.skipped) for chunk in past)
+    return past[: next((number for number, other in enumerate(changed) if other), len(past))]
 
 
 def go_back(split: SplitWork, past: list[Chunk]) -> None:
     """Takes up what an earlier process has done. What it wrote behind that is cut off. Raises DataError where the
-    source or the output is not what it was."""
+    output is not what it was."""
     for chunk in past:
-        _check_unchanged(split, chunk)
         place_chunk(split, chunk)
     split.committed = len(past)
     directory = split.output if isinstance(split.layout, ShardLayout) else None
@@ -114,18 +126,6 @@ def go_back(split: SplitWork, past: list[Chunk]) -> None:
     for path in directory.iterdir() if directory is not None else (split.output,):
         if path not in kept:
             path.unlink(missing_ok=True)
-
-
-def _check_unchanged(split: SplitWork, chunk: Chunk) -> None:
-    """Compares what is noted of the source's images with what they are now, those that could not be read too."""
-    noted = list(zip(chunk.rows["index"].tolist(), map(tuple, chunk.rows["stamp"].tolist()), strict=True))
-    noted += [(one.index, one.stamp) for one in chunk.skipped]
-    for index, stamp in noted:
-        if split.images.stamp(index) != stamp:
-            name = printable(split.images.name(index))
-            raise DataError(
-                f"{split.name}: {name} has changed since the conversion was interrupted; --restart begins anew"
-            )
 
 
 def place_chunk(split: SplitWork, chunk: Chunk) -> np.ndarray:
@@ -202,18 +202,21 @@ def _place_waiting(split: SplitWork, crew: Crew, telling: Telling) -> None:
 
 
 def _commit(splits: list[SplitWork], work: WorkDirectory) -> None:
-    """Notes what is written, up to the first chunk that is not."""
-    chunks: list[tuple[str, Chunk]] = []
+    """Notes what is written, up to the first chunk that is not. Interrupted anywhere, it can be called again."""
+    chunks: list[tuple[str, int, Chunk]] = []
     files: dict[Path, None] = {}
+    ends: list[tuple[SplitWork, int]] = []
     for split in splits:
-        while split.committed in split.written:
-            split.written.remove(split.committed)
-            chunks.append((split.name, split.chunks[split.committed]))
-            numbers = np.unique(split.places[split.committed]["file"])
-            files |= dict.fromkeys(split.file(int(number)) for number in numbers)
-            split.committed += 1
+        end = split.committed
+        while end in split.written:
+            chunks.append((split.name, end, split.chunks[end]))
+            files |= dict.fromkeys(split.file(int(number)) for number in np.unique(split.places[end]["file"]))
+            end += 1
+        ends.append((split, end))
     if chunks:
         work.commit(chunks, files)
+        for split, end in ends:  # an interruption before this notes chunks twice, which does no harm
+            split.committed = end
 
 
 def finish(split: SplitWork) -> tuple[np.ndarray, list[Path]]:

@@ -21,7 +21,7 @@ from rich.console import Console
 from pipelines.manifest import NAME, Manifest, SplitRecord, manifest_text, read_manifest
 from pipelines.shards import INDEX
 from ressl.batch import DataError
-from tools.conversion import SplitWork, chunk_size, finish, go_back, open_split, write_all
+from tools.conversion import SplitWork, finish, go_back, open_layout, open_split, still_true, write_all
 from tools.convert_report import conclude, introduce, name_some, shown
 from tools.convert_request import (
     SUFFIX,
@@ -33,12 +33,13 @@ from tools.convert_request import (
     expand,
 )
 from tools.crew import Crew, Measure, Measured
-from tools.encode import Check, Format, Mode, Options, changes_of, printable
+from tools.encode import Check, Format, Mode, Options, changes_of, printable, read_options
 from tools.estimate import Estimate, Sample, estimate, fits, free_bytes, show_estimates, size_text, spread
 from tools.image_sets import ImageSet, detect
-from tools.journal import Past, WorkDirectory
+from tools.journal import PART, Past, WorkDirectory
 
 AT_ONCE = 8  # images that a worker tries for the estimate before it tells
+CHUNK_BYTES = 16 << 20  # of the images of a chunk, encoded; a worker holds up to three
 
 
 class DiskFull(RuntimeError):
@@ -84,10 +85,12 @@ def convert(
     request = Request(src, place, labels, options, max_skipped, count, overwrite, restart)
     console = console or Console(stderr=True)
     check_request(request)
+    check_place(place)
     origin = detect(src, labels)
     chosen = choose_splits(src, origin.sets, split)
-    console.print(f"source: {printable(origin.description)}", markup=False, highlight=False, soft_wrap=True)
-    check_place(place)
+    _say(console, f"source: {origin.description}")
+    if not (place / PART).exists():  # else files may be there under their names that belong to what was interrupted
+        check_destination(request, list(chosen))
     sets = {name: load() for name, (_, load) in chosen.items()}
     sources = {name: _source_of(request, origin.description, theirs) for name, (theirs, _) in chosen.items()}
     try:
@@ -114,8 +117,8 @@ def _convert(
         if past.sealed is None:
             return _write(work, past, header, request, sets, sources, console)
         work.publish(past.sealed)  # it was killed while files got their names
-    console.print(f"finished what was interrupted in {request.dst}", markup=False, soft_wrap=True)
-    if past.header == header:
+    _say(console, f"finished what was interrupted in {request.dst}")
+    if past.header is not None and not _differences(past.header, header):
         return read_manifest(request.dst) or Manifest()
     with closing(WorkDirectory(request.dst)) as work:
         return _write(work, Past(), header, request, sets, sources, console)
@@ -131,30 +134,30 @@ def _write(
     console: Console,
 ) -> Manifest:
     """Goes on after the past, or begins, up to whole files under their names."""
-    options = request.options
+    options, going_on = request.options, bool(past.chunks) and not request.restart
     try:
         others, left = check_destination(request, list(sets))
-        if request.restart or not past.chunks:
-            work.clear()
-            work.begin(header)
-            past = Past()
-        elif differences := _differences(past.header or {}, header):
+        if going_on and (differences := _differences(past.header or {}, header)):
             raise DataError(
                 f"{work.path} holds an interrupted conversion of something else: {'; '.join(differences)}; repeat that "
                 "command to go on with it, or use --restart to discard it"
             )
+        splits = [open_split(name, one, work.path / (name + SUFFIX[options.to]), options) for name, one in sets.items()]
+        if not going_on:
+            work.clear()
+        for split in splits:
+            _take_up(split, past, work) if going_on else go_back(split, [])
+            introduce(split, console)
     except BaseException:
         if not past.chunks:
             work.discard()
         raise
-    splits = [open_split(name, one, work.path / (name + SUFFIX[options.to]), options) for name, one in sets.items()]
-    for split in splits:
-        go_back(split, past.chunks.get(split.name, []))
-        introduce(split, console)
     try:
         before, begin = sum(split.done for split in splits), time.monotonic()
-        with Crew(sets, options, request.workers) as crew:
+        with Crew(sets, options, min(request.workers, sum(split.count for split in splits))) as crew:
             _foresee(splits, crew, request, console)
+            if not going_on:
+                work.begin(header | {"chunks": {split.name: split.chunk for split in splits}})
             with shown(splits, request.max_skipped, console) as telling:
                 begin = time.monotonic()
                 write_all(splits, crew, work, telling)
@@ -168,11 +171,23 @@ def _write(
         raise
     conclude(records, sum(split.done for split in splits) - before, time.monotonic() - begin, console)
     for name in left:
-        line = f"{name} stays in {request.dst}, but {NAME} lists it no more; remove it if nothing reads it"
-        console.print(printable(line), markup=False, soft_wrap=True)
-    line = f"wrote {request.dst}; prove it whole with: python launch.py verify {shlex.quote(str(request.dst))}"
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+        _say(console, f"{name} stays in {request.dst}, but {NAME} lists it no more; remove it if nothing reads it")
+    command = f"python launch.py verify {shlex.quote(str(request.dst))}"
+    _say(console, f"wrote {request.dst}; prove it whole with: {command}")
     return manifest
+
+
+def _take_up(split: SplitWork, past: Past, work: WorkDirectory) -> None:
+    split.chunk = (past.header or {})["chunks"][split.name]
+    noted = past.chunks.get(split.name, [])
+    true = still_true(split, noted)
+    if len(true) < len(noted):
+        work.forget(split.name, len(true))
+    go_back(split, true)
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def _leave(work: WorkDirectory, console: Console) -> None:
@@ -180,8 +195,7 @@ def _leave(work: WorkDirectory, console: Console) -> None:
     past = work.read()
     kept = sum(len(chunk.rows) for chunks in past.chunks.values() for chunk in chunks)
     if kept:
-        line = f"{kept:,} images are kept in {work.path}; the same command goes on after them"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        _say(console, f"{kept:,} images are kept in {work.path}; the same command goes on after them")
     elif past.sealed is None:
         work.discard()
 
@@ -206,10 +220,9 @@ def _header(options: Options, sets: dict[str, ImageSet]) -> dict[str, Any]:
         "torch's instruction set": torch.backends.cpu.get_cpu_capability(),
     }
     splits = {
-        name: {"images": len(images.labels), "chunk": chunk_size(images), "fingerprint": _fingerprint(images)}
-        for name, images in sets.items()
+        name: {"images": len(images.labels), "fingerprint": _fingerprint(images)} for name, images in sets.items()
     }
-    return {"options": asdict(options), "software": software, "splits": splits}
+    return {"options": read_options(options), "software": software, "splits": splits}
 
 
 def _fingerprint(images: ImageSet) -> str:
@@ -224,11 +237,10 @@ def _fingerprint(images: ImageSet) -> str:
 
 def _differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """In words, one for each thing that is not as it was."""
-    found = [
-        f"--{key.replace('_', '-')} was {was['options'].get(key)}, is {value}"
-        for key, value in now["options"].items()
-        if was["options"].get(key) != value
-    ]
+    options = {
+        name: [one["options"].get(name, "of no use") for one in (was, now)] for name in was["options"] | now["options"]
+    }
+    found = [f"--{name.replace('_', '-')} was {old}, is {new}" for name, (old, new) in options.items() if old != new]
     found += [
         f"{key} was {was['software'].get(key)}, is {value}"
         for key, value in now["software"].items()
@@ -246,17 +258,22 @@ def _differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _foresee(splits: list[SplitWork], crew: Crew, request: Request, console: Console) -> None:
-    """Tries some images and shows what is to be expected. Raises DiskFull where it cannot fit."""
+    """Tries some images, shows what is to be expected, and sees to it that no chunk of theirs is too large for memory.
+    Raises DiskFull where the output cannot fit."""
     expected: dict[str, Estimate] = {}
+    cores = min(len(crew.workers.processes), len(os.sched_getaffinity(0)))
     for split in splits:
         rest = split.order[split.done :]
         if len(rest):
-            fixed = 0 if split.committed else split.layout.fixed
-            expected[split.name] = estimate(_try(split, rest, crew, console), len(rest), request.workers, fixed)
+            samples, layout = _try(split, rest, crew, cores, console), open_layout(split.images, request.options)
+            one = estimate(samples, len(split.order), split.done, layout, cores)
+            expected[split.name] = one
+            if not split.chunks:
+                split.chunk = max(1, min(split.chunk, int(CHUNK_BYTES / max(one.mean, 1))))
     if not expected:
         return
     free = free_bytes(request.dst)
-    show_estimates(expected, free, request.workers, console)
+    show_estimates(expected, free, cores, console)
     if not fits(list(expected.values()), free):
         needed = sum(one.stored for one in expected.values())
         raise DiskFull(
@@ -265,12 +282,13 @@ def _foresee(splits: list[SplitWork], crew: Crew, request: Request, console: Con
         )
 
 
-def _try(split: SplitWork, rest: np.ndarray, crew: Crew, console: Console) -> list[Sample]:
+def _try(split: SplitWork, rest: np.ndarray, crew: Crew, cores: int, console: Console) -> list[Sample]:
+    """Images of what is left, evenly spread, encoded by as many workers as there are cores."""
     indices = spread(rest, run=AT_ONCE if split.images.in_order else 1)
     tasks = [indices[i : i + AT_ONCE] for i in range(0, len(indices), AT_ONCE)]
     samples: list[Sample] = []
     waiting = iter(tasks)
-    for worker, task in zip(range(len(crew.workers.processes)), waiting, strict=False):
+    for worker, task in zip(range(cores), waiting, strict=False):
         crew.send(worker, Measure(split.name, task))
     received = 0
     while received < len(tasks):
@@ -281,7 +299,7 @@ def _try(split: SplitWork, rest: np.ndarray, crew: Crew, console: Console) -> li
             for task in islice(waiting, 1):
                 crew.send(worker, Measure(split.name, task))
         if standstill := crew.standstill():
-            console.print(printable(standstill), markup=False, highlight=False, soft_wrap=True)
+            _say(console, standstill)
     return samples
 
 

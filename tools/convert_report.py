@@ -15,6 +15,7 @@ from tools.conversion import SplitWork, Telling
 from tools.encode import Skipped, printable
 from tools.estimate import size_text, time_text
 
+TELL_SECONDS = 60  # between two lines, where there is no terminal for a bar
 NAMED = 10  # bad images that are printed; all are in the manifest
 
 
@@ -34,7 +35,8 @@ def shown(splits: Sequence[SplitWork], max_skipped: float, console: Console) -> 
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[rate]}", TimeRemainingColumn())
     with Progress(*columns, "{task.fields[skipped]} skipped", console=console) as progress:
         tasks: dict[str, TaskID] = {}
-        began, last = dict[str, float](), [time.monotonic()]
+        began, last, told = dict[str, float](), [time.monotonic()], [time.monotonic()]
+        before = {split.name: split.done for split in splits}
         images, written, skipped = Counter[str](), Counter[str](), Counter[str]()
         for split in splits:
             skipped[split.name] = len(split.skipped)
@@ -50,6 +52,10 @@ def shown(splits: Sequence[SplitWork], max_skipped: float, console: Console) -> 
             last[0] = time.monotonic()
             rate = f"{images[name] / seconds:,.0f} images/s, {written[name] / seconds / 1e6:,.1f} MB/s"
             progress.update(tasks[name], advance=count, rate=rate, skipped=skipped[name])
+            if not console.is_terminal and last[0] - told[0] >= TELL_SECONDS:  # where no bar is seen
+                told[0], done, total = last[0], images[name] + before[name], len(split.order)
+                left = time_text((total - done) * seconds / images[name])
+                say(f"{name}: {done:,} of {total:,} images, {rate}, about {left} left, {skipped[name]:,} skipped")
 
         def skip(split: SplitWork, bad: Skipped) -> None:
             name = split.name

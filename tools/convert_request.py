@@ -3,14 +3,14 @@
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import get_args
 
 from pipelines.manifest import Manifest, SplitRecord, read_manifest
 from pipelines.shards import INDEX
 from ressl.batch import DataError
-from tools.encode import Check, Format, Mode, Options
+from tools.encode import Check, Format, Mode, Options, read_options
 from tools.image_sets import ImageSet
 from tools.output import refuse_foreign
 
@@ -56,12 +56,20 @@ def check_request(request: Request) -> None:
         (request.workers < 1, f"--workers {request.workers}: expected at least one, or 0 for all cores"),
     ]
     wrong = [message for is_wrong, message in problems if is_wrong]
+    idle = set(asdict(Options(options.to))) - set(read_options(options))
+    chosen = f"--to {options.to}" + f" --mode {options.mode}" * (options.to == "ffcv")
+    wrong += [
+        f"--{name.replace('_', '-')} {value}: changes nothing with {chosen}; leave it out"
+        for name, value in asdict(options).items()
+        if not wrong and name in idle and value != getattr(Options(options.to), name)
+    ]
     if wrong:
         raise DataError("; ".join(wrong))
     folder = Path(os.path.realpath(expand(Path(request.src))))
-    if folder.is_dir() and folder in request.dst.parents:
+    if folder.is_dir() and folder in (request.dst, *request.dst.parents):
         raise DataError(
-            f"{request.dst} lies inside {request.src} and would be taken for a class of images: choose another place"
+            f"{request.dst} is, or lies inside, {request.src} and would be taken for a class of images: choose another "
+            "place"
         )
 
 

@@ -150,6 +150,7 @@ def _work(connection: Connection, sets: dict[str, ImageSet], options: Options, a
     """What a worker does until its parent is gone."""
     held: dict[tuple[str, int], list[Encoded]] = {}
     files: dict[Path, int] = {}
+    measured = False
     numbers = {split: number for number, split in enumerate(sets)}
     try:
         while True:
@@ -164,6 +165,9 @@ def _work(connection: Connection, sets: dict[str, ImageSet], options: Options, a
                     connection.send(Written(split, chunk))
                 case Measure(split=split, indices=indices):
                     samples = []
+                    if not measured:  # the first image of a process takes ten times as long
+                        sample_image(sets[split], options, indices[0])
+                        measured = True
                     for i in indices:
                         at[:] = numbers[split], i
                         samples.append(sample_image(sets[split], options, i))

@@ -1,5 +1,6 @@
 """One image of a source to what is stored of it. All that decides the bytes of an output is here and in `Options`."""
 
+import errno
 import hashlib
 import io
 import zlib
@@ -12,12 +13,14 @@ from PIL import Image
 from pipelines.beton import JPG, RAW
 from pipelines.headers import plain_size
 from pipelines.images import CHANGES, BadImage, decoded_size, fit_max_side, open_image
+from ressl.batch import DataError
 from tools.image_sets.image_set import ImageSet
 from tools.rows import ROW, SUFFIXES
 
 Format = Literal["ffcv", "tensor", "webdataset"]
 Mode = Literal["auto", "jpg", "raw", "smart", "original"]
 Check = Literal["decode", "header"]
+UNAVAILABLE = (errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 RAW_PIXELS = 64 * 64  # `auto` keeps images of up to this many pixels raw
 MAX_SIDE = 65500  # pixels; libjpeg's limit, and just under that of .beton
 ANEW = "encoded anew"
@@ -38,6 +41,20 @@ class Options:
     check: Check = "decode"
     shuffle: bool = False
     shard_mb: int = 1000
+
+
+def read_options(options: Options) -> dict[str, object]:
+    """Those that its format and mode read, by name; the others change nothing."""
+    names = ["to", "max_side", "exif_rotate", "shuffle"]
+    match options.to:
+        case "ffcv":
+            names += ["mode"]
+            names += ["quality"] * (options.mode != "raw")
+            names += ["jpg_share"] * (options.mode == "smart")
+            names += ["check"] * (options.mode == "original")
+        case "webdataset":
+            names += ["quality", "check", "shard_mb"]
+    return {name: getattr(options, name) for name in names}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +80,13 @@ def encode(images: ImageSet, options: Options, i: int) -> Encoded | Skipped:
             return _encoded(images, i, found, JPG, (), kept, kept)  # type: ignore[arg-type]
         image, original, changes = prepare(found, options)
         data, mode = _store(image, found, options, i)
-        if isinstance(found, bytes) and _passes(options):
+        if _passes(options) and (isinstance(found, bytes) or options.to == "ffcv"):
             changes = (*changes, ANEW)
         return _encoded(images, i, data, mode, changes, (image.height, image.width), original)
     except BadImage as error:
+        cause = error.__context__
+        if isinstance(cause, OSError) and cause.errno in UNAVAILABLE:
+            raise DataError(f"{printable(images.name(i))}: {error}; the same command goes on when it can be") from None
         return Skipped(i, printable(images.name(i)), str(error), images.stamp(i))
 
 
@@ -138,7 +158,6 @@ def to_jpeg(image: Image.Image, quality: int) -> bytes:
 
 
 def _to_file(image: Image.Image, kind: str, **options: object) -> bytes:
-    image.info.pop("exif", None)  # Pillow would write it again, though its orientation is no longer true
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -17,11 +18,18 @@ from pipelines.images import BadImage
 from tools.encode import Options, Skipped, encode, lossy, prepare
 from tools.image_sets.image_set import ImageSet
 from tools.quality import psnr, ssim
-from tools.shard_writer import BLOCK, padded
 
 SAMPLES = 200  # images that are tried of each split
-TABLES = 100  # bytes an image takes in tables and padding, about
+PLACED = 2000  # images that are placed to see what a format adds
+TABLES = 100  # bytes an image takes in the index and other tables behind the data, about
 MARGIN = 1.02  # of the expected size that must be free
+
+
+class Layout(Protocol):
+    """Where images go, one after another: of any of the formats."""
+
+    def place(self, index: int, length: int, /) -> tuple[int, int]: ...
+    def ends(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +45,11 @@ class Estimate:
 
     images: int
     stored: float  # bytes they will take
-    error: float  # of that, one standard deviation
-    seconds: float  # with all workers
+    error: float  # share of that, one standard deviation
+    seconds: float  # with all processes
     tried: int
     unreadable: int  # of those that were tried
+    mean: float  # bytes of an image
     psnr: float | None  # dB, mean of those that were encoded with loss; None where none was
     ssim: float | None
 
@@ -57,13 +66,7 @@ def sample_image(images: ImageSet, options: Options, i: int) -> Sample:
         found = images.read(i)
         if not isinstance(found, bytes) or found != one.data:
             loss = _loss(found, options, one.data)
-    return Sample(_room(len(one.data), options), seconds, loss)
-
-
-def _room(length: int, options: Options) -> int:
-    """Bytes in the output that an image of so many takes, its share of the tables counted, about."""
-    around = padded(length) - length + 3 * BLOCK + TABLES if options.to == "webdataset" else 0  # tar, its DALI index
-    return length + TABLES + around
+    return Sample(len(one.data), seconds, loss)
 
 
 def _loss(found: bytes | np.ndarray, options: Options, data: bytes) -> tuple[float, float] | None:
@@ -83,21 +86,37 @@ def spread(order: np.ndarray, count: int = SAMPLES, run: int = 1) -> list[int]:
     return [int(order[place]) for place in places]
 
 
-def estimate(samples: Sequence[Sample], images: int, workers: int, fixed: int) -> Estimate:
-    """For `images` images like the samples, and `fixed` bytes that the format takes by itself."""
+def estimate(samples: Sequence[Sample], images: int, begun: int, layout: Layout, processes: int) -> Estimate:
+    """For `images` images like the samples, `begun` of which are done; `layout` is a new one, for all of them."""
     sizes = np.array([sample.stored for sample in samples], float)
     losses = np.array([sample.loss for sample in samples if sample.loss is not None]).reshape(-1, 2)
     seconds = float(np.mean([sample.seconds for sample in samples]))
+    finite = losses[np.isfinite(losses[:, 0]), 0]
+    whole = _stored_bytes(sizes.astype(int).tolist(), images, layout)
+    left = (images - begun) / images
     return Estimate(
-        images=images,
-        stored=fixed + float(sizes.mean()) * images,
-        error=float(sizes.std(ddof=1) / len(sizes) ** 0.5) * images if len(sizes) > 1 else 0.0,
-        seconds=seconds * images / workers,
+        images=images - begun,
+        stored=whole * left,
+        error=float(sizes.std(ddof=1) / len(sizes) ** 0.5 / max(sizes.mean(), 1)) if len(sizes) > 1 else 0.0,
+        seconds=seconds * (images - begun) / processes,
         tried=len(samples),
-        unreadable=sum(sample.stored == 0 for sample in samples),
-        psnr=float(losses[np.isfinite(losses[:, 0]), 0].mean()) if np.isfinite(losses[:, 0]).any() else None,
+        unreadable=int((sizes == 0).sum()),
+        mean=float(sizes.mean()),
+        psnr=float(finite.mean()) if len(finite) else None,
         ssim=float(losses[:, 1].mean()) if len(losses) else None,
     )
+
+
+def _stored_bytes(lengths: Sequence[int], images: int, layout: Layout) -> float:
+    """What the format makes of that: by placing the samples, over and over, as if they were the images."""
+    fixed, placed = sum(layout.ends()), 0
+    stored = [length for length in lengths if length]
+    while stored and placed < min(images, PLACED):
+        for length in stored:
+            layout.place(placed, length)
+            placed += 1
+    each = (sum(layout.ends()) - fixed) / placed + TABLES if placed else 0.0
+    return fixed + each * images * len(stored) / len(lengths)
 
 
 def free_bytes(directory: Path) -> int:
@@ -110,7 +129,7 @@ def fits(estimates: Sequence[Estimate], free: int) -> bool:
     return sum(one.stored for one in estimates) * MARGIN <= free
 
 
-def show_estimates(estimates: dict[str, Estimate], free: int, workers: int, console: Console) -> None:
+def show_estimates(estimates: dict[str, Estimate], free: int, processes: int, console: Console) -> None:
     """One table: what each split will take, and what there is."""
     tried = sum(one.tried for one in estimates.values())
     table = Table(title=f"expected, from {tried:,} images", title_justify="left", show_footer=len(estimates) > 1)
@@ -119,11 +138,11 @@ def show_estimates(estimates: dict[str, Estimate], free: int, workers: int, cons
     table.add_column("split", footer="together")
     table.add_column("images", justify="right", footer=f"{sum(one.images for one in estimates.values()):,}")
     table.add_column("size", justify="right", footer=size_text(total))
-    table.add_column(f"time, {workers} workers", justify="right", footer=time_text(seconds))
+    table.add_column(f"time on {processes} core{'s' * (processes != 1)}", justify="right", footer=time_text(seconds))
     table.add_column("quality")
     table.add_column("unreadable", justify="right")
     for split, one in estimates.items():
-        size = f"{size_text(one.stored)} ± {100 * one.error / max(one.stored, 1):.0f} %"
+        size = f"{size_text(one.stored)} +- {100 * one.error:.0f} %"
         loss = "unchanged"
         if one.psnr is not None:
             loss = f"PSNR {one.psnr:.1f} dB, SSIM {one.ssim:.4f}"

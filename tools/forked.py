@@ -59,6 +59,12 @@ def fork_workers(serve: Callable[..., None], arguments: Sequence[tuple[Any, ...]
                 process.start()
                 theirs.close()
                 workers.processes.append(process)
+    except OSError as error:  # fork or pipe: a limit of the machine
+        workers.end()
+        reason = (error.strerror or str(error)).lower()
+        raise WorkerDied(
+            f"{name}: worker {len(workers.processes)} cannot be started: {reason}; use fewer --workers"
+        ) from None
     except BaseException:
         workers.end()
         raise

@@ -27,7 +27,8 @@ from tools.encode import Skipped
 from tools.output import remove_ours
 from tools.rows import ROW
 
-PART, JOURNAL, OLD = "convert.part", "journal", "old"
+PART = "convert.part"
+JOURNAL, OLD = ".journal", ".old"  # no split can have such a name
 OUTPUTS = r"[\w-]+(\.(beton|safetensors)(\.index\.npz)?)?|manifest\.json"  # a name alone: a directory of shards
 LOCK_SECONDS = 2  # a killed process's workers hold its lock until they are gone too, a moment later
 
@@ -54,6 +55,8 @@ class WorkDirectory:
 
     def __init__(self, dst: Path) -> None:
         self.dst, self.path = dst, dst / PART
+        if self.path.is_symlink():
+            raise DataError(f"{self.path}: is a link, out of which files could not be renamed; remove it")
         self.made = [path for path in (self.path, dst, *dst.parents) if not path.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -95,8 +98,14 @@ class WorkDirectory:
                     past.header = header
                 case {"sealed": sealed}:
                     past.sealed = sealed
-                case {"split": split, "rows": rows, "skipped": skipped}:
-                    past.chunks.setdefault(split, []).append(self._chunk_of(rows, skipped))
+                case {"split": split, "forget": number}:
+                    del past.chunks[split][number:]
+                case {"split": split, "chunk": number, "rows": rows, "skipped": skipped}:
+                    chunks = past.chunks.setdefault(split, [])
+                    if number > len(chunks):
+                        raise DataError(f"{self.path}: its journal lacks a line; remove it to begin anew")
+                    if number == len(chunks):  # else it was noted twice
+                        chunks.append(self._chunk_of(rows, skipped))
         self.file.truncate(good)
         return past
 
@@ -110,7 +119,7 @@ class WorkDirectory:
     def clear(self) -> None:
         """Forgets the past. What `convert` did not write stays."""
         for path in self.path.iterdir():
-            if _is_ours(path):
+            if path.name == OLD or _is_ours(path):
                 _remove(path)
         self.file.truncate(0)
 
@@ -128,17 +137,22 @@ class WorkDirectory:
     def begin(self, header: dict[str, Any]) -> None:
         self._append([{"header": header}])
 
-    def commit(self, chunks: Sequence[tuple[str, Chunk]], files: Iterable[Path]) -> None:
-        """Notes chunks whose data has been written to `files`, once it is on the disk; another thread waits for that.
-        Raises the OSError of the commit before."""
+    def forget(self, split: str, number: int) -> None:
+        """Takes back the chunks of a split from `number` on."""
+        self._append([{"split": split, "forget": number}])
+
+    def commit(self, chunks: Sequence[tuple[str, int, Chunk]], files: Iterable[Path]) -> None:
+        """Notes chunks, each with its split and number, whose data has been written to `files`, once it is on the disk;
+        another thread waits for that. Raises the OSError of the commit before."""
         self.settle()
         records = [
             {
                 "split": split,
+                "chunk": number,
                 "rows": base64.b64encode(zlib.compress(chunk.rows.tobytes(), 1)).decode("ascii"),
                 "skipped": [list(asdict(one).values()) for one in chunk.skipped],
             }
-            for split, chunk in chunks
+            for split, number, chunk in chunks
         ]
         self.pending = self.pool.submit(self._commit, records, list(files))
 

@@ -45,7 +45,6 @@ class ShardLayout:
         self.shard_bytes, self.shard_images = shard_bytes, shard_images
         self.sizes: list[int] = []  # bytes of each shard, without the end of a tar file
         self.images = 0  # in the last shard
-        self.fixed = 0  # bytes that are taken anyway
 
     def place(self, _index: int, length: int) -> tuple[int, int]:
         """Number of the shard and first byte of the next image."""

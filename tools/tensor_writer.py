@@ -31,7 +31,7 @@ class TensorLayout:
 
     def __init__(self, count: int, classes: tuple[str, ...]) -> None:
         self.classes, self.room = classes, len(_header(count, 10**18, classes)) // 8 * 8 + 8
-        self.position = self.start = self.fixed = 8 + self.room  # fixed: bytes that are taken anyway
+        self.position = self.start = 8 + self.room
 
     def place(self, _index: int, length: int) -> tuple[int, int]:
         """File number and first byte of the next image."""

@@ -308,7 +308,7 @@ def two_splits(tmp_path_factory) -> Path:
 
 def standing(root: dict[str, bytes], top: str, new: dict[str, bytes], old: dict[str, bytes]) -> str:
     """Where an output is: new, old, aside (the old one, waiting to be removed) or missing."""
-    for kind, data, place in (("new", new, ""), ("old", old, ""), ("aside", old, f"{PART}/old/")):
+    for kind, data, place in (("new", new, ""), ("old", old, ""), ("aside", old, f"{PART}/.old/")):
         whole = {place + name: one for name, one in data.items() if name.split("/")[0] == top}
         if whole == {name: one for name, one in root.items() if f"{name}/".startswith(f"{place}{top}/")}:
             return kind

@@ -265,7 +265,7 @@ def test_a_crew_that_cannot_be_made_whole_leaves_no_worker(monkeypatch):
     assert not any(Path(f"/proc/{pid}").exists() for pid in forks)
 
 
-def test_a_worker_ends_with_its_parent_even_amid_an_image(tmp_path):
+def test_a_worker_ends_with_its_parent_even_amid_an_image():
     event = multiprocessing.get_context("fork").Event()
     ours, theirs = multiprocessing.get_context("fork").Pipe()
     parent = os.fork()
@@ -282,7 +282,9 @@ def test_a_worker_ends_with_its_parent_even_amid_an_image(tmp_path):
     worker = ours.recv()
     os.kill(parent, signal.SIGKILL)
     os.waitpid(parent, 0)
-    # nobody may be there to take note of its end
-    wait_until(
-        lambda: not Path(f"/proc/{worker}").exists() or "\nState:\tZ" in Path(f"/proc/{worker}/status").read_text(), 1
-    )
+    process = Path(f"/proc/{worker}")
+    try:  # nobody may be there to take note of its end
+        wait_until(lambda: not process.exists() or "State:\tZ" in (process / "status").read_text(), 1)
+    finally:
+        if process.exists():
+            os.kill(worker, signal.SIGKILL)
