@@ -138,17 +138,18 @@ def show_estimates(estimates: dict[str, Estimate], free: int, processes: int, co
     table.add_column("split", footer="together")
     table.add_column("images", justify="right", footer=f"{sum(one.images for one in estimates.values()):,}")
     table.add_column("size", justify="right", footer=size_text(total))
-    table.add_column(f"time on {processes} core{'s' * (processes != 1)}", justify="right", footer=time_text(seconds))
-    table.add_column("quality")
-    table.add_column("unreadable", justify="right")
+    table.add_column(f"time, {processes} core{'s' * (processes != 1)}", justify="right", footer=time_text(seconds))
+    table.add_column("loss by encoding")
     for split, one in estimates.items():
         size = f"{size_text(one.stored)} +- {100 * one.error:.0f} %"
-        loss = "unchanged"
+        loss = "none"
         if one.psnr is not None:
-            loss = f"PSNR {one.psnr:.1f} dB, SSIM {one.ssim:.4f}"
-        unreadable = f"{one.unreadable} of {one.tried}"
-        table.add_row(split, f"{one.images:,}", size, time_text(one.seconds), loss, unreadable)
+            loss = f"PSNR {one.psnr:.1f} dB, SSIM {one.ssim:.3f}"
+        table.add_row(split, f"{one.images:,}", size, time_text(one.seconds), loss)
     console.print(table)
+    for split, one in estimates.items():
+        if one.unreadable:
+            console.print(f"{split}: {one.unreadable:,} of the {one.tried:,} images that were tried cannot be read")
     console.print(f"free there: {size_text(free)}")
 
 

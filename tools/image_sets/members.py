@@ -13,8 +13,9 @@ import numpy as np
 from pipelines.images import MAX_BYTES, BadImage
 from ressl.batch import DataError
 
-PLAIN, STORED, DEFLATED, ENCRYPTED, UNKNOWN_METHOD, LINK, SPARSE, DEVICE, REPLACED = range(9)
-"""What a member is: PLAIN in a tar file, the next four in a zip; of the last four none is read."""
+PLAIN, STORED, DEFLATED, ENCRYPTED, UNKNOWN_METHOD, LINK, SPARSE, DEVICE, REPLACED, BROKEN_LINK = range(10)
+"""What a member is: PLAIN in a tar file, the next four in a zip; of the last five none is read. A BROKEN_LINK is a hard
+link to what is not before it in the tar file: it stands for a file, and is listed as one."""
 UNREADABLE = {
     LINK: "(link)",
     SPARSE: "(sparse)",
@@ -36,7 +37,7 @@ class Members:
     offset: np.ndarray  # (N,) int64, of its first byte; in a zip, of its local header
     stored: np.ndarray  # (N,) int64, bytes in the archive
     size: np.ndarray  # (N,) int64, bytes of the file
-    kind: np.ndarray  # (N,) int8, PLAIN ... REPLACED
+    kind: np.ndarray  # (N,) int8, PLAIN ... BROKEN_LINK
     crc: np.ndarray  # (N,) uint32, of the file, as zlib defines it; 0 in a tar file, which has none
     directories: tuple[str, ...]  # that are listed by themselves, and so may be empty
 
@@ -95,6 +96,8 @@ class MemberFiles:
             raise BadImage("encrypted in the zip file; images without a password are read")
         if kind == UNKNOWN_METHOD:
             raise BadImage("compressed in the zip file by another method than deflate; pack or unpack it again")
+        if kind == BROKEN_LINK:
+            raise BadImage("a hard link to a file that is not before it in the tar file; pack it again")
         if size > MAX_BYTES:
             raise BadImage(f"{size / 2**30:.1f} GiB, over the limit of {MAX_BYTES / 2**30:.0f} GiB a file")
         try:

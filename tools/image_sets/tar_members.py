@@ -16,14 +16,17 @@ from pathlib import Path
 import numpy as np
 
 from ressl.batch import DataError
-from tools.image_sets.members import DEVICE, LINK, PLAIN, SPARSE, Members, clean_name
+from tools.image_sets.members import BROKEN_LINK, DEVICE, LINK, PLAIN, SPARSE, Members, clean_name
 
 BLOCK = 512  # bytes; everything starts at a multiple of it
 ZEROS = bytes(BLOCK)
+END_MARK = 2 * BLOCK  # bytes of zeros
+ANY_PADDING = 1 << 16  # bytes of zeros behind the end mark that need no reason
+MAX_RECORD = 1 << 24  # bytes: some tar files are padded to a multiple of what a tape took at once
 MAX_HEADER = 1 << 20  # bytes of a long name or of pax records
-FILE, DIRECTORY, GNU_DIRECTORY = b"0\x007", b"5", b"D"
+FILE, DIRECTORY, GNU_DIRECTORY, HARD_LINK = b"0\x007", b"5", b"D", b"1"
 WITHOUT_DATA = b"123456"  # types whose size counts no data behind the header
-KINDS = {b"1": LINK, b"2": LINK, b"3": DEVICE, b"4": DEVICE, b"6": DEVICE, b"S": SPARSE}
+KINDS = {HARD_LINK: BROKEN_LINK, b"2": LINK, b"3": DEVICE, b"4": DEVICE, b"6": DEVICE, b"S": SPARSE}
 AGAIN = "get it again"
 
 
@@ -34,6 +37,7 @@ class _Found:
     offsets: array = field(default_factory=lambda: array("q"))
     sizes: array = field(default_factory=lambda: array("q"))
     directories: list[str] = field(default_factory=list)
+    links: dict[int, str] = field(default_factory=dict)  # which members are hard links, and to what
 
 
 @dataclass(slots=True)
@@ -41,14 +45,19 @@ class _Next:
     """What extended headers say of the member behind them."""
 
     name: bytes | None = None
+    link: bytes | None = None
     size: int | None = None
     sparse: bool = False
+
+
+NOTHING = _Next()
 
 
 def list_tar(path: Path, limit: int | None = None) -> Members:
     """All members but directories, in the order of the archive; the first `limit` of them where it is given.
 
-    Raises DataError, with the archive and the byte, where it is damaged or cut off.
+    A hard link is another name for the data of the member before it that it names. Raises DataError, with the archive
+    and the byte, where it is damaged, cut off, or goes on behind its end mark.
     """
     with _open_tar(path) as file:
         status = os.fstat(file.fileno())
@@ -111,6 +120,7 @@ def _scan(descriptor: int, where: str, span: tuple[int, int], *, inner: bool, li
     while limit is None or len(found.names) < limit:
         header = os.pread(descriptor, min(BLOCK, end - at), at) if at < end else b""
         if header == ZEROS or (inner and at == end):
+            _check_padding(descriptor, where, span, at)
             break
         if len(header) < BLOCK:
             raise DataError(
@@ -131,20 +141,62 @@ def _scan(descriptor: int, where: str, span: tuple[int, int], *, inner: bool, li
                 f"{end:,}: cut off or damaged; {AGAIN}"
             )
         if kind in b"xXLKg":
-            if kind not in b"gK":
+            if kind != b"g":
                 _read_ahead(ahead, kind, _small_part(descriptor, data, size, where))
             continue
-        name = clean_name((ahead.name or _name(header)).decode("utf-8", "surrogateescape"))
-        if kind in (DIRECTORY, GNU_DIRECTORY) or (kind in FILE and name.endswith("/")):
-            found.directories.append(name.rstrip("/"))
-        else:
-            found.names.append(name)
-            found.kinds.append(SPARSE if ahead.sparse else KINDS.get(kind, PLAIN if kind in FILE else DEVICE))
-            found.offsets.append(data)
-            found.sizes.append(size)
-        if ahead.name is not None or ahead.size is not None or ahead.sparse:
+        _add(found, header, ahead, data, size)
+        if ahead != NOTHING:
             ahead = _Next()
+    _follow_links(found)
     return found
+
+
+def _add(found: _Found, header: bytes, ahead: _Next, data: int, size: int) -> None:
+    kind, raw = header[156:157], ahead.name or _name(header)
+    name = clean_name(raw.decode("utf-8", "surrogateescape"))
+    if kind in (DIRECTORY, GNU_DIRECTORY) or (kind in FILE and raw.endswith(b"/")):
+        found.directories.append(name.rstrip("/"))
+        return
+    if kind == HARD_LINK:
+        target = ahead.link or header[157:257].split(b"\0", 1)[0]
+        found.links[len(found.names)] = clean_name(target.decode("utf-8", "surrogateescape"))
+    found.names.append(name)
+    found.kinds.append(SPARSE if ahead.sparse else KINDS.get(kind, PLAIN if kind in FILE else DEVICE))
+    found.offsets.append(data)
+    found.sizes.append(size)
+
+
+def _follow_links(found: _Found) -> None:
+    """tar writes a file that has several names once, and then its further names."""
+    if not found.links:
+        return
+    before: dict[str, int] = {}
+    for i, name in enumerate(found.names):
+        target = before.get(found.links[i], -1) if i in found.links else -1
+        if target >= 0:
+            for column in (found.kinds, found.offsets, found.sizes):
+                column[i] = column[target]
+        before[name] = i
+
+
+def _check_padding(descriptor: int, where: str, span: tuple[int, int], at: int) -> None:
+    """What follows an end mark at byte `at` has to be zeros, and no more of them than a writer adds.
+
+    A download to which its whole size was given before it was finished has zeros where data are missing. The most that
+    is read is MAX_RECORD.
+    """
+    start, end = span
+    rest = end - at
+    records = (BLOCK << i for i in range(MAX_RECORD.bit_length()) if BLOCK << i <= MAX_RECORD)
+    whole = rest <= ANY_PADDING or any(rest <= n + END_MARK and (end - start) % n == 0 for n in records)
+    padding = os.pread(descriptor, rest, at) if whole else b""
+    if padding.count(0) < len(padding) or not whole:
+        behind = len(padding) - len(padding.lstrip(b"\0"))
+        found = f"something else at byte {at + behind:,}" if whole else f"{rest:,} bytes more"
+        raise DataError(
+            f"{where}: {found}, behind tar's end mark at byte {at:,}: two archives in one file, or a download that is "
+            f"not finished; {AGAIN}, or cut it off at byte {at + END_MARK:,} if it is whole up to there"
+        )
 
 
 def _is_header(header: bytes) -> bool:
@@ -197,9 +249,12 @@ def _small_part(descriptor: int, at: int, size: int, where: str) -> bytes:
 
 
 def _read_ahead(ahead: _Next, kind: bytes, data: bytes) -> None:
-    """GNU's long name, or pax records: `LENGTH KEY=VALUE` and a line feed, the length counting all of it."""
+    """GNU's long names, or pax records: `LENGTH KEY=VALUE` and a line feed, the length counting all of it."""
     if kind == b"L":
         ahead.name = data.split(b"\0", 1)[0]
+        return
+    if kind == b"K":
+        ahead.link = data.split(b"\0", 1)[0]
         return
     while data:
         digits, _, _ = data.partition(b" ")
@@ -210,6 +265,8 @@ def _read_ahead(ahead: _Next, kind: bytes, data: bytes) -> None:
         data = data[length:]
         if key == b"path":
             ahead.name = value
+        elif key == b"linkpath":
+            ahead.link = value
         elif key == b"size" and value.isdigit():
             ahead.size = int(value)
         elif key.startswith(b"GNU.sparse."):

@@ -92,8 +92,9 @@ def _read_table(path: Path, stamp: tuple[int, int], table: bytes, start: int, pr
             size, packed, offset = _wide(extra, (size, packed, offset))
         if disk not in (0, 0xFFFF) or at > len(table) or prefix + offset >= start:
             raise DataError(f"{path}: its table of contents is damaged before byte {start + at:,}; {AGAIN}")
-        name = clean_name(_text(raw, flags).replace("\\", "/"))
-        if name.endswith("/") or not name:
+        written = _text(raw, flags).replace("\\", "/")
+        name = clean_name(written)
+        if written.endswith("/") or not name:
             directories.append(name.rstrip("/"))
             continue
         is_link = made_by >> 8 == 3 and stat.S_ISLNK(external >> 16)  # 3: Unix
