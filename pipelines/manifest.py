@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import stat
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ def read_manifest(directory: Path) -> Manifest | None:
     """The manifest in `directory`, or None where there is none. Raises DataError for one that cannot be understood."""
     path = Path(directory) / NAME
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # before opening, as that would wait for whoever writes to a FIFO
+            raise DataError(f"{path}: not a regular file; remove it or convert again")
         raw = json.loads(path.read_text(encoding="utf-8"))
         if raw["format"] != FORMAT:
             raise DataError(f"{path}: format {raw['format']!r}, expected {FORMAT!r}; convert into another directory")
@@ -50,7 +53,7 @@ def read_manifest(directory: Path) -> Manifest | None:
 
 
 def manifest_text(manifest: Manifest) -> str:
-    """Pure ASCII, sorted keys: the same contents give the same bytes. `sha256`, of the splits, is for `verify` alone."""
+    """Pure ASCII, sorted keys: the same contents give the same bytes. `sha256`, of the splits, is for `verify`."""
     splits = {
         name: {part.name: getattr(record, part.name) for part in fields(SplitRecord)}
         for name, record in manifest.splits.items()
@@ -72,6 +75,6 @@ def classes_of(path: Path) -> tuple[str, ...]:
 def _record(raw: dict[str, Any]) -> SplitRecord:
     record = SplitRecord(**{**raw, "classes": tuple(raw["classes"]), "skipped": tuple(raw["skipped"])})
     for value, kind in ((record.file, str), (record.count, int), (record.index, str), (record.index_sha256, str)):
-        if not isinstance(value, kind):
+        if type(value) is not kind:  # True is an int too
             raise TypeError
     return record

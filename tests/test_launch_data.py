@@ -1,5 +1,6 @@
 """`convert` and `verify` as a person types them: what they print, and with which code they end."""
 
+import io
 import os
 import shutil
 import signal
@@ -82,8 +83,13 @@ def test_a_source_that_was_moved_is_found_where_it_is_said_to_be(ressl: Launch, 
         (["convert", "missing", "out", "--to", "ffcv"], "missing: no such directory or file"),
         (["convert", "~nosuchuser/x", "out", "--to", "ffcv"], "~nosuchuser/x: no such user"),
         (["convert", "images", "~nosuchuser/x", "--to", "ffcv"], "~nosuchuser/x: no such user"),
-        (["convert", "images", "images/train", "--to", "ffcv"], "lies inside images"),
+        (["convert", "images", "images/train", "--to", "ffcv"], "lies inside, images"),
+        (["convert", "images", "images", "--to", "ffcv"], "images is, or lies inside, images"),
         (["convert", "images", "/", "--to", "ffcv"], "choose another place"),
+        (
+            ["convert", "images", "out", "--to", "tensor", "--mode", "jpg"],
+            "--mode jpg: changes nothing with --to tensor",
+        ),
         (["convert", "images", "out", "--to", "ffcv", "--labels", "none.csv"], "none.csv"),
         (["convert", "images", "out", "--to", "ffcv", "--quality", "0", "--jpg-share", "2"], "--quality 0"),
         (["verify", "missing"], "missing: no such file or directory"),
@@ -99,7 +105,7 @@ def test_a_mistake_is_one_line_and_code_2(ressl: Launch, images: Path, arguments
 
 def test_what_was_interrupted_goes_on_with_the_same_command_only(ressl: Launch, images: Path) -> None:
     """Ctrl-C, as a terminal sends it: to the whole group of processes."""
-    for i in range(400):
+    for i in range(200):
         os.link(images / "train" / "colour0" / "000.png", images / "train" / "colour0" / f"copy{i}.png")
     command = ["convert", "images", "out", "--to", "webdataset", "--split", "train"]
     journal = images.parent / "out" / "convert.part" / ".journal"
@@ -124,3 +130,36 @@ def test_what_was_interrupted_goes_on_with_the_same_command_only(ressl: Launch, 
     assert code == 0
     assert "goes on after" in out
     assert ressl("verify", "out", "--deep")[0] == 0
+
+
+def test_a_terminal_that_lacks_letters_is_no_obstacle(
+    ressl: Launch, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (images / "train" / "colour0").rename(images / "train" / "f\u00e4rg")
+    (images / "train" / "f\u00e4rg" / "000.png").write_text("text")
+    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", file)
+        patched.setattr(sys, "argv", ["launch.py", "convert", "train", "\u00fct", "--to", "ffcv", "--max-skipped", "1"])
+        patched.setenv("COLUMNS", "200")
+        patched.chdir(images)
+        assert launch.main() == 0
+    file.flush()
+    printed = file.buffer.getvalue().decode("ascii")
+    assert "skipped f?rg/000.png: not an image" in printed
+    assert "wrote " in printed and "/?t; prove it whole with" in printed
+    assert ressl("verify", images / "\u00fct")[0] == 0
+
+
+def test_ctrl_c_amid_the_imports_is_no_traceback() -> None:
+    process = subprocess.Popen(
+        [sys.executable, REPO / "launch.py", "doctor", "--help"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    maps = Path(f"/proc/{process.pid}/maps")
+    while process.poll() is None and "numpy" not in maps.read_text() and "libtorch" not in maps.read_text():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert printed == b""
+    assert process.returncode == -signal.SIGINT

@@ -35,7 +35,7 @@ from tools.convert_request import (
 from tools.crew import Crew, Measure, Measured
 from tools.encode import Check, Format, Mode, Options, changes_of, printable, read_options
 from tools.estimate import Estimate, Sample, estimate, fits, free_bytes, show_estimates, size_text, spread
-from tools.image_sets import ImageSet, detect
+from tools.image_sets import TORCHVISION, TORCHVISION_ROOT, ImageSet, detect
 from tools.journal import PART, Past, WorkDirectory
 
 AT_ONCE = 8  # images that a worker tries for the estimate before it tells
@@ -202,10 +202,14 @@ def _leave(work: WorkDirectory, console: Console) -> None:
 
 def _source_of(request: Request, description: str, theirs: str) -> dict[str, Any]:
     """What the manifest says of where the images came from."""
-    found = None if request.src.startswith("torchvision:") else expand(Path(request.src)).absolute()
+    if request.src.startswith(TORCHVISION):
+        name, _, root = request.src.removeprefix(TORCHVISION).partition(":")
+        place = f"{TORCHVISION}{name}:{expand(Path(root or TORCHVISION_ROOT)).absolute()}"
+    else:
+        place = str(expand(Path(request.src)).absolute())
     return {
         "description": printable(description),
-        "place": printable(str(found or request.src)),
+        "place": printable(place),
         "labels": None if request.labels is None else printable(str(expand(request.labels).absolute())),
         "split": theirs,
     }
@@ -321,7 +325,7 @@ def _finish(split: SplitWork, options: Options, source: dict[str, Any]) -> tuple
         index=str(index.relative_to(outputs[0].parent)),
         index_sha256=hashlib.sha256(index.read_bytes()).hexdigest(),
         options=asdict(options),
-        source=source,
+        source=source | {"notes": [printable(note) for note in split.images.notes]},
     )
     return record, outputs
 

@@ -165,11 +165,11 @@ def _work(connection: Connection, sets: dict[str, ImageSet], options: Options, a
                     connection.send(Written(split, chunk))
                 case Measure(split=split, indices=indices):
                     samples = []
-                    if not measured:  # the first image of a process takes ten times as long
-                        sample_image(sets[split], options, indices[0])
-                        measured = True
                     for i in indices:
                         at[:] = numbers[split], i
+                        if not measured:  # the first image of a process takes ten times as long
+                            sample_image(sets[split], options, i)
+                            measured = True
                         samples.append(sample_image(sets[split], options, i))
                     at[:] = NOTHING
                     connection.send(Measured(samples))

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from ressl.batch import DataError
+
 T = TypeVar("T")
 AHEAD = 2  # tasks that a worker has before it
 
@@ -100,9 +102,12 @@ def _interrupts_held_back() -> Iterator[None]:
 
 
 def run_forked(tasks: Sequence[Callable[[], T]], count: int, name: str) -> Generator[T, None, None]:
-    """What each task returns, in their order, from `count` processes. Raises WorkerDied, and RuntimeError with the
-    traceback of a task that failed."""
-    workers = fork_workers(_serve, [(tasks,)] * min(count, max(1, len(tasks))), name)
+    """What each task returns, in their order, from `count` processes; where one is enough, that is this process. Raises
+    the DataError of a task and, of others, WorkerDied and RuntimeError with the traceback of a task that failed."""
+    if min(count, len(tasks)) <= 1:  # forking takes longer than a small data set
+        yield from (task() for task in tasks)
+        return
+    workers = fork_workers(_serve, [(tasks,)] * min(count, len(tasks)), name)
     try:
         results: dict[int, T] = {}
         given = taken = 0
@@ -120,6 +125,8 @@ def run_forked(tasks: Sequence[Callable[[], T]], count: int, name: str) -> Gener
                 except (EOFError, OSError):
                     raise WorkerDied(f"a worker of {name} {workers.death(worker)}") from None
                 if number is None:
+                    if isinstance(result, DataError):
+                        raise result
                     raise RuntimeError(f"a worker of {name} failed:\n{result}")
                 results[number] = result
                 busy[worker] -= 1
@@ -142,5 +149,7 @@ def _serve(connection: Connection, tasks: Sequence[Callable[[], Any]]) -> None:
             connection.send((number, tasks[number]()))
     except (EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
         pass
+    except DataError as error:
+        connection.send((None, error))
     except Exception:
         connection.send((None, traceback.format_exc()))

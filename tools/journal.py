@@ -162,10 +162,11 @@ class WorkDirectory:
         return self.pending is not None and not self.pending.done()
 
     def settle(self) -> None:
-        """Waits until all that was committed is noted."""
+        """Waits until all that was committed is noted. Where that failed, each call raises its OSError: nothing can be
+        noted behind a gap."""
         if self.pending is not None:
-            pending, self.pending = self.pending, None
-            pending.result()
+            self.pending.result()
+            self.pending = None
 
     def _commit(self, records: list[dict[str, Any]], files: list[Path]) -> None:
         for path in files:

@@ -21,7 +21,9 @@ SHARD_BYTES = 10**9  # a shard is closed once it holds as many bytes, or images
 SHARD_IMAGES = 100_000
 END = bytes(2 * BLOCK)  # of a tar file
 IDX_VERSION = "v1.2"  # of DALI's index files
-_EMPTY_HEADER = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
+_EMPTY = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)  # a header: its size is at 124, its checksum at 148
+_END = _EMPTY[156:]
+_SUM = sum(_EMPTY[:124]) + sum(_EMPTY[135:148]) + 8 * ord(" ") + sum(_END)  # the checksum counts itself as spaces
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,10 +156,7 @@ def padded(length: int) -> int:
 
 
 def _tar_header(name: str, length: int) -> bytes:
-    """A ustar header: a regular file of 1970 that belongs to nobody. tarfile takes four times as long for it."""
-    header = bytearray(_EMPTY_HEADER)
-    header[: len(name)] = name.encode("ascii")
-    header[124:135] = b"%011o" % length
-    header[148:156] = b" " * 8  # the checksum counts itself as spaces
-    header[148:155] = b"%06o\0" % sum(header)
-    return bytes(header)
+    """A ustar header: a regular file of 1970 that belongs to nobody. tarfile takes twenty times as long for it."""
+    key, size = name.encode("ascii"), b"%011o" % length
+    total = _SUM + sum(key) + sum(size)
+    return b"%b%b%b%b%06o\0 %b" % (key, _EMPTY[len(key) : 124], size, _EMPTY[135:148], total, _END)

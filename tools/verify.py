@@ -1,5 +1,6 @@
 """Whether converted data is whole: every byte against its checksum and, with `deep`, every image against its source."""
 
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,10 @@ from tools.estimate import size_text
 from tools.journal import PART
 from tools.verify_content import check_content, content_bytes
 from tools.verify_layout import BETON, TENSORS, Stored, open_stored, total_bytes
-from tools.verify_report import Report, print_reports
+from tools.verify_report import Report, print_reports, printed
 from tools.verify_source import Source, find_source
+
+FILE = r"(?!\.)[\w.-]+"  # the name of a data file or a directory of shards
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +54,10 @@ def verify(
     nothing wrong. Raises DataError where there is nothing to check, or `source` is none.
     """
     path = expand(path)
-    manifest_report = Report(NAME)
-    checks = [_open(target, deep, source, labels) for target in _find_targets(path, manifest_report)]
+    manifest_report = Report("manifest")
+    targets = _find_targets(path, manifest_report)
+    strangers = [] if manifest_report.counts else _find_strangers(path, targets)
+    checks = [_open(target, deep, source, labels) for target in targets]
     begin = time.monotonic()
     for check in checks:
         _read(check, deep, workers, console)
@@ -60,7 +65,7 @@ def verify(
     if manifest_report.counts:
         manifest_report.leave("the manifest is damaged", "checksums", "decoding", "source")
         reports.append(manifest_report)
-    print_reports(reports, console)
+    print_reports(reports, strangers, console)
     size, seconds = sum(report.totals["read"] for report in reports), time.monotonic() - begin + 1e-9
     console.print(f"read {size_text(size)} in {seconds:,.1f} s, {size / seconds / 1e9:.2f} GB/s", highlight=False)
     return not any(report.counts for report in reports)
@@ -93,6 +98,17 @@ def _find_targets(path: Path, report: Report) -> list[Target]:
     return [Target(split, path, record) for split, record in listed] or [Target(path.name, path, None)]
 
 
+def _find_strangers(path: Path, targets: list[Target]) -> list[str]:
+    """Notes on what lies in a directory that `convert` wrote and looks like its data, but is not in the manifest."""
+    known = {target.path.name for target in targets}
+    try:
+        others = sorted(other for other in path.iterdir() if other.name not in known) if (path / NAME).exists() else []
+        ours = [other for other in others if other.suffix in (BETON, TENSORS) or (other / INDEX).exists()]
+    except OSError as error:
+        return [f"{path}: cannot be listed: {error.strerror or error}"]
+    return [f"{other}: not in {NAME}, so not checked; `verify {other}` does it" for other in ours]
+
+
 def _read_records(directory: Path, report: Report) -> dict[str, SplitRecord]:
     try:
         manifest = read_manifest(directory)
@@ -116,16 +132,16 @@ def _is_sound(record: SplitRecord) -> bool:
     """Whether its values can be what they stand for."""
     try:
         entries = [(entry["index"], entry["name"], entry["reason"]) for entry in record.skipped]
-    except (TypeError, KeyError):
+        texts = (*record.classes, *(text for _, *two in entries for text in two), *record.changes)
+        numbers = (record.bytes, *(index for index, _, _ in entries), *record.changes.values())
+        description = record.source.get("description", "")
+    except (TypeError, KeyError, AttributeError):
         return False
     return (
-        record.file not in ("", ".", "..")
-        and "/" not in record.file
-        and isinstance(record.bytes, int)
+        re.fullmatch(FILE, record.file) is not None
         and isinstance(record.options, dict)
-        and isinstance(record.source, dict)
-        and all(isinstance(name, str) for name in record.classes)
-        and all(isinstance(index, int) and 0 <= index < 2**62 and isinstance(name, str) for index, name, _ in entries)
+        and all(isinstance(text, str) for text in (*texts, description))
+        and all(type(number) is int and 0 <= number < 2**62 for number in numbers)  # True is an int too
     )
 
 
@@ -147,7 +163,10 @@ def _read(check: Check, deep: bool, workers: int, console: Console) -> None:
     stored, report = check.stored, check.report
     if stored is None:
         return
-    columns = ("{task.description}", BarColumn(), "{task.percentage:>3.0f} %", "{task.fields[rate]}")
+    if check.source is not None:
+        described = printed(f"{report.title}: each image is compared with {check.source.description}")
+        console.print(described, markup=False, highlight=False, soft_wrap=True)
+    columns = ("{task.description}", BarColumn(None), "{task.percentage:>3.0f} %", "{task.fields[rate]}")
     begin, images = time.monotonic(), 0
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task(report.title, total=content_bytes(stored), rate="")

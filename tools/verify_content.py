@@ -1,5 +1,6 @@
 """Every byte of a converted data set against its checksum, and every image against its source: in forked processes, by
-pread, as a file that is cut while it is mapped ends the process."""
+pread, as a file that is cut while it is mapped ends the process. What is done for each image is done in Python's own
+numbers: with tiny images, looking single ones up in numpy's arrays would take longer than all else."""
 
 import hashlib
 import os
@@ -20,9 +21,9 @@ from tools.encode import KINDS
 from tools.forked import run_forked
 from tools.rows import ROW, SUFFIXES
 from tools.shard_writer import idx_text, member_blocks
-from tools.verify_layout import Stored
+from tools.verify_layout import Stored, by_file
 from tools.verify_report import Column, Report
-from tools.verify_source import Source, compare_image
+from tools.verify_source import Source, compare_image, try_skipped
 
 CHUNK = 8 << 20  # bytes that a process reads at once
 LARGE = 8 * CHUNK  # bytes of an image from which on one at a time is read
@@ -49,6 +50,19 @@ class Outcome:
     positions: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # images that were checked
     kinds: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))  # an entry of SUFFIXES of each of them
     unlike: int = 0  # images that are like their source, but not to the bit
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One image to be checked: a row of Stored, and its first byte and end with all that is read with it."""
+
+    i: int
+    start: int
+    stop: int
+    length: int
+    crc32: int  # -1 where there is none
+    index: int
+    label: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +100,8 @@ def content_bytes(stored: Stored) -> int:
     rest = sum(stop - start for _, start, stop in stored.zeros)
     if stored.tables_sha256:
         rest += sum(stop - start for start, stop in stored.tables)
-    return rest + int((_stops(stored) - _starts(stored)).sum())
+    starts, stops = _span(stored, stored.start, stored.length)
+    return rest + int((stops - starts).sum())
 
 
 def _tasks(work: Work) -> Iterator[Callable[[], Outcome]]:
@@ -98,13 +113,17 @@ def _tasks(work: Work) -> Iterator[Callable[[], Outcome]]:
             yield partial(_check_zeros, stored, file, at, min(at + CHUNK, stop))
     for batch in _batches(stored, DEEP_IMAGES if work.deep else IMAGES):
         yield partial(_check_batch, work, batch)
+    left_out = work.source.skipped if work.source else ()
+    for at in range(0, len(left_out), DEEP_IMAGES):
+        yield partial(_check_skipped, work, range(at, min(at + DEEP_IMAGES, len(left_out))))
 
 
 def _batches(stored: Stored, images: int) -> Iterator[np.ndarray]:
     """Positions of neighbours in one file that can be read at once."""
-    order = np.lexsort((stored.start, stored.file))
-    for mine in np.split(order, np.flatnonzero(np.diff(stored.file[order])) + 1):
-        starts, stops = _starts(stored)[mine], np.maximum.accumulate(_stops(stored)[mine])
+    all_starts, all_stops = _span(stored, stored.start, stored.length)
+    for unordered in by_file(stored.file, len(stored.files)):
+        mine = unordered[np.argsort(stored.start[unordered])]
+        starts, stops = all_starts[mine], np.maximum.accumulate(all_stops[mine])
         begin = 0
         while begin < len(mine):
             fit = int(np.searchsorted(stops, starts[begin] + CHUNK, side="right"))
@@ -113,15 +132,12 @@ def _batches(stored: Stored, images: int) -> Iterator[np.ndarray]:
             begin = end
 
 
-def _starts(stored: Stored) -> np.ndarray:
-    return stored.start - BLOCK if stored.in_tar else stored.start
-
-
-def _stops(stored: Stored) -> np.ndarray:
-    """In a tar file, with the header and the block of the label behind the image."""
+def _span(stored: Stored, start: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First byte and end of what is read for images: in a tar file, with the header before them, and with the header
+    and the block of the label behind them."""
     if not stored.in_tar:
-        return stored.start + stored.length
-    return stored.start + -(-stored.length // BLOCK) * BLOCK + 2 * BLOCK
+        return start, start + length
+    return start - BLOCK, start + -(-length // BLOCK) * BLOCK + 2 * BLOCK
 
 
 # --- all but the images ----------------------------------------------------------------------------------------------
@@ -159,11 +175,17 @@ def _check_zeros(stored: Stored, file: int, start: int, stop: int) -> Outcome:
     return Outcome([("checksums", f"{path}: {problem}")] if problem else [], stop - start)
 
 
+def _check_skipped(work: Work, positions: range) -> Outcome:
+    assert work.source is not None
+    place = work.stored.files[0].parent if work.stored.in_tar else work.stored.files[0]
+    problems = (try_skipped(work.source, k) for k in positions)
+    return Outcome([("source", f"{place}: {problem}") for problem in problems if problem], 0)
+
+
 def _idx_problems(stored: Stored, kind: np.ndarray) -> Iterator[str]:
     """DALI's index files hold nothing that the tables do not, but for the (N,) kinds of the image files."""
-    for shard, tar in enumerate(stored.files):
-        path, mine = tar.with_suffix(".idx"), stored.file == shard
-        kinds = kind[mine]
+    for tar, mine in zip(stored.files, by_file(stored.file, len(stored.files)), strict=True):
+        path, kinds = tar.with_suffix(".idx"), kind[mine]
         if (kinds == UNKNOWN).any():  # damaged images, which were told: what else is in the file cannot be known
             continue
         rows = np.zeros(len(kinds), ROW)
@@ -192,22 +214,32 @@ def _pread(handle: int, start: int, stop: int) -> bytes:
 
 def _check_batch(work: Work, batch: np.ndarray) -> Outcome:
     stored = work.stored
-    starts, stops = _starts(stored)[batch].tolist(), _stops(stored)[batch].tolist()
-    path = stored.files[stored.file[batch[0]]]
+    entries = _entries(stored, batch)
+    first, last = entries[0].start, max(entry.stop for entry in entries)
     found: list[Found] = []
     kinds = np.full(len(batch), UNKNOWN, np.uint8)
     unlike = 0
     try:
-        with path.open("rb") as file:
-            whole = _read_or_none(file.fileno(), starts[0], max(stops))
-            for k, (i, start, stop) in enumerate(zip(batch.tolist(), starts, stops, strict=True)):
-                checked = _check_image(work, i, file.fileno(), start, stop, whole, starts[0])
+        with stored.files[stored.file[batch[0]]].open("rb") as file:
+            whole = _read_or_none(file.fileno(), first, last)
+            for k, entry in enumerate(entries):
+                if whole is None:
+                    checked = _check_alone(work, entry, file.fileno())
+                else:
+                    checked = _check_image(work, entry, whole[entry.start - first : entry.stop - first])
                 found += checked.found
                 kinds[k] = checked.kind
                 unlike += checked.unlike
     except OSError as error:
         found = [("checksums", f"{stored.where(i)}: cannot be read: {error.strerror}") for i in batch.tolist()]
-    return Outcome(found, sum(stops) - sum(starts), batch, kinds, unlike)
+    return Outcome(found, sum(entry.stop - entry.start for entry in entries), batch, kinds, unlike)
+
+
+def _entries(stored: Stored, batch: np.ndarray) -> list[Entry]:
+    start, length = stored.start[batch], stored.length[batch]
+    crc32 = np.full(len(batch), -1) if stored.crc32 is None else stored.crc32[batch]
+    columns = (batch, *_span(stored, start, length), length, crc32, stored.index[batch], stored.label[batch])
+    return [Entry(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
 
 def _read_or_none(handle: int, start: int, stop: int) -> memoryview | None:
@@ -218,57 +250,58 @@ def _read_or_none(handle: int, start: int, stop: int) -> memoryview | None:
         return None
 
 
-def _check_image(
-    work: Work, i: int, handle: int, start: int, stop: int, whole: memoryview | None, whole_start: int
-) -> Checked:
-    if whole is not None:
-        return _check_bytes(work, i, whole[start - whole_start : stop - whole_start])
-    with work.large if stop - start > LARGE else nullcontext():
+def _check_alone(work: Work, entry: Entry, handle: int) -> Checked:
+    with work.large if entry.stop - entry.start > LARGE else nullcontext():
         try:
-            return _check_bytes(work, i, memoryview(_pread(handle, start, stop)))
+            return _check_image(work, entry, memoryview(_pread(handle, entry.start, entry.stop)))
         except OSError as error:
-            problem = f"{work.stored.where(i)}: cannot be read: {error.strerror or error}"
+            problem = f"{work.stored.where(entry.i)}: cannot be read: {error.strerror or error}"
             return Checked([("checksums", problem)])
 
 
-def _check_bytes(work: Work, i: int, piece: memoryview) -> Checked:
-    """For the image's bytes, in a tar file with what stands around them."""
+def _check_image(work: Work, entry: Entry, piece: memoryview) -> Checked:
+    """For its bytes, in a tar file with what stands around them."""
     stored, kind, unlike = work.stored, UNKNOWN, False
     found: list[Found] = []
+    if len(piece) < entry.stop - entry.start:
+        return Checked([("checksums", f"{stored.where(entry.i)}: the file ends inside it")])
     first = BLOCK if stored.in_tar else 0
-    data = piece[first : first + int(stored.length[i])]
-    if len(piece) < int(_stops(stored)[i] - _starts(stored)[i]):
-        return Checked([("checksums", f"{stored.where(i)}: the file ends inside it")])
-    if stored.crc32 is not None and zlib.crc32(data) != stored.crc32[i]:
-        problem = f"CRC-32 of its data is {zlib.crc32(data):08x}, not {stored.crc32[i]:08x}: damaged"
-        found.append(("checksums", f"{stored.where(i)}: {problem}"))
+    data = piece[first : first + entry.length]
+    crc32 = zlib.crc32(data)
+    if entry.crc32 not in (-1, crc32):
+        problem = f"CRC-32 of its data is {crc32:08x}, not {entry.crc32:08x}: damaged"
+        found.append(("checksums", f"{stored.where(entry.i)}: {problem}"))
     if stored.in_tar:
         kind = _kind(data, piece)
-        if not _is_framed(stored, i, piece, data, kind):
-            found.append(("checksums", f"{stored.where(i)}: its tar headers, label or padding are not as written"))
+        if not _is_framed(entry, piece, data, kind):
+            found.append(
+                ("checksums", f"{stored.where(entry.i)}: its tar headers, label or padding are not as written")
+            )
     if work.deep:
-        problem = _decoding_problem(stored, i, data)
+        problem = _decoding_problem(stored, entry.i, data)
         if problem:
-            found.append(("decoding", f"{stored.where(i)}: {problem}"))
+            found.append(("decoding", f"{stored.where(entry.i)}: {problem}"))
         elif work.source is not None and not found:
-            problem, unlike = compare_image(stored, work.source, i, bytes(data))
+            problem, unlike = compare_image(stored, work.source, entry.i, bytes(data))
             if problem:
-                found.append(("source", f"{stored.where(i)}: {problem}"))
+                found.append(("source", f"{stored.where(entry.i)}: {problem}"))
     return Checked(found, kind, unlike)
 
 
 def _kind(data: memoryview, piece: memoryview) -> int:
     """The entry of SUFFIXES by the image's first bytes, or where they are damaged by its name in the tar file."""
+    kind = KINDS.get(bytes(data[:2]))
+    if kind is not None:
+        return kind
     name = bytes(piece[:100]).rstrip(b"\0")
-    named = next((kind for kind, suffix in enumerate(SUFFIXES) if name.endswith(suffix.encode("ascii"))), UNKNOWN)
-    return KINDS.get(bytes(data[:2]), named)
+    return next((kind for kind, suffix in enumerate(SUFFIXES) if name.endswith(suffix.encode("ascii"))), UNKNOWN)
 
 
-def _is_framed(stored: Stored, i: int, piece: memoryview, data: memoryview, kind: int) -> bool:
+def _is_framed(entry: Entry, piece: memoryview, data: memoryview, kind: int) -> bool:
     """Whether all around the image in its tar file is as the writer would write it."""
     if kind == UNKNOWN:
         return False
-    before, _, after = member_blocks(int(stored.index[i]), int(stored.label[i]), SUFFIXES[kind], bytes(data))
+    before, _, after = member_blocks(entry.index, entry.label, SUFFIXES[kind], bytes(data))
     return bytes(piece[:BLOCK]) == before and bytes(piece[BLOCK + len(data) :]) == after
 
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import re
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from pipelines.shards import BLOCK, INDEX, ShardIndex, read_index
 from pipelines.tensor_file import read_tensor_file
 from ressl.batch import DataError
 from tools.index_file import SUFFIX, ImageIndex, read_index_file
+from tools.output import SHARD_FILES
 from tools.shard_writer import END
 from tools.verify_report import Report
 
@@ -86,11 +89,26 @@ def open_stored(path: Path, record: SplitRecord | None, report: Report) -> Store
 
 
 def total_bytes(path: Path) -> int:
-    """Of a file, or of the files in a directory; 0 where it is gone."""
+    """Of a file, or of the files in a directory that shards consist of; 0 where it is gone."""
     try:
-        return sum(one.stat().st_size for one in path.iterdir()) if path.is_dir() else path.stat().st_size
+        files = [one for one in path.iterdir() if re.fullmatch(SHARD_FILES, one.name)] if path.is_dir() else [path]
+        return sum(file.stat().st_size for file in files)
     except OSError:
         return 0
+
+
+def by_file(file: np.ndarray, count: int) -> list[np.ndarray]:
+    """For each of `count` files, the positions of its images in their order; (N,) `file` says where each image is."""
+    order = np.argsort(file, kind="stable")
+    return np.split(order, np.searchsorted(file[order], np.arange(1, count)))
+
+
+def _bytes_of(stored: Stored) -> int:
+    """Of its files, as `convert` counts them."""
+    files = list(stored.files)
+    if stored.in_tar:
+        files += [files[0].parent / INDEX, *(file.with_suffix(".idx") for file in files)]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _check_index_path(index_path: Path, path: Path, record: SplitRecord, report: Report) -> None:
@@ -98,6 +116,8 @@ def _check_index_path(index_path: Path, path: Path, record: SplitRecord, report:
     if record.index != expected:
         report.add("structure", f"manifest.json: the index of {record.file} is {record.index!r}, expected {expected!r}")
     try:
+        if not stat.S_ISREG(index_path.stat().st_mode):  # opening a FIFO would wait for whoever writes to it
+            return  # whoever reads it says so
         with index_path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
@@ -122,7 +142,7 @@ def _read_images(path: Path, record: SplitRecord | None, report: Report) -> Imag
 
 
 def _check_record(path: Path, stored: Stored, record: SplitRecord, report: Report) -> None:
-    count, size = len(stored.label), total_bytes(path)
+    count, size = len(stored.label), _bytes_of(stored)
     if count != record.count:
         report.add("structure", f"{path}: {count:,} images, but manifest.json says {record.count:,}")
     if size != record.bytes:
@@ -239,22 +259,28 @@ def _of_shards(index: ShardIndex) -> Stored:
 def _check_shard_files(root: Path, index: ShardIndex, report: Report) -> None:
     """Images follow one another as the writer lays them, so that nothing else is in between; and no other files."""
     room = 3 * BLOCK + -(-index.length // BLOCK) * BLOCK
-    for shard, name in enumerate(index.shards):
-        mine = index.shard == shard
+    for (shard, name), mine in zip(enumerate(index.shards), by_file(index.shard, len(index.shards)), strict=True):
         ends = np.cumsum(room[mine])
-        if not mine.any() or ends[-1] + len(END) != index.stamps[shard][2]:
+        if not len(mine) or ends[-1] + len(END) != index.stamps[shard][2]:
             report.add("structure", f"{root / name}: its size is not that of the images that {INDEX} says are in it")
         elif not np.array_equal(index.offset[mine], ends - room[mine] + BLOCK):
             report.add("structure", f"{root / name}: {INDEX} does not say where its images are")
         if not (root / name).with_suffix(".idx").is_file():
             report.add("structure", f"{(root / name).with_suffix('.idx')}: no such file")
     known = {INDEX, *index.shards, *(Path(name).with_suffix(".idx").name for name in index.shards)}
-    for other in sorted(path.name for path in root.iterdir() if path.name not in known):
-        report.add("structure", f"{root / other}: not written by this conversion; remove it")
+    others = sorted(path.name for path in root.iterdir() if path.name not in known)
+    for other in others:
+        if other[0] != ".":
+            report.add("structure", f"{root / other}: not written by this conversion; remove it")
+    if hidden := [other for other in others if other[0] == "."]:  # file managers and NFS leave some
+        listed = ", ".join(hidden[:3]) + ", ..." * (len(hidden) > 3)
+        report.notes.append(f"hidden files that no reader looks at, which can be removed: {listed}")
 
 
 def _check_each_shard(root: Path, told: str, report: Report) -> None:
     """The reader of the index stops at the first shard that is missing or has another size: here all are named."""
+    if not (root / INDEX).is_file():
+        return
     try:
         with np.load(root / INDEX, allow_pickle=False) as file:
             sizes = dict(zip(file["shards"].tolist(), file["shard_bytes"].tolist(), strict=True))

@@ -53,16 +53,26 @@ class Report:
         ]
 
 
-def print_reports(reports: Sequence[Report], console: Console) -> None:
-    table = Table("split", "images", "size", *COLUMNS)
+def print_reports(reports: Sequence[Report], notes: Sequence[str], console: Console) -> None:
+    """With `notes` of none of them below the table."""
+    rows = [("split", "images", "size", *COLUMNS)]
     for report in reports:
         totals = report.totals
         cells = [report.title, f"{totals['images']:,}", size_text(totals["bytes"]), *map(report.cell, COLUMNS)]
-        table.add_row(*(Text(printed(cell), style=_colour(cell)) for cell in cells))
+        rows.append(tuple(printed(cell) for cell in cells))
+    table = Table()
+    wide = sum(max(map(len, column)) + 3 for column in zip(*rows, strict=True)) + 1 <= console.width
+    for column in zip(*rows, strict=True):
+        longest = max(len(word) for cell in column for word in cell.split())
+        table.add_column(column[0], width=None if wide else longest)  # rich would cut words
+    for row in rows[1:]:
+        table.add_row(*(Text(cell, style=_colour(cell)) for cell in row))
     console.print(table)
     for report in reports:
         for note in (*report.reasons(), *report.notes):
             _print(console, f"{report.title}: {note}")
+    for note in notes:
+        _print(console, note)
     problems = sum(report.counts.total() for report in reports)
     lines = [line for report in reports for line in report.lines][:SHOWN]
     for line in lines:

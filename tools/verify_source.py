@@ -20,6 +20,7 @@ from tools.verify_layout import Stored
 from tools.verify_report import Report
 
 ALIKE = 40  # dB; versions of a codec differ by less, two images by more
+PNG = b"\x89PNG"  # how such a file begins
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,8 @@ class Source:
     images: ImageSet
     options: Options
     same: np.ndarray  # (N,) bool, the stored images whose entry in the source has their name
+    skipped: tuple[dict[str, Any], ...]  # entries of it that were left out, as the manifest lists them
+    description: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +56,12 @@ def find_source(
         report.leave("the manifest is damaged", "source")
         return None
     place = given or noted.place
+    if "\0" in place + (noted.labels or ""):
+        report.add("structure", "manifest.json: its source is no place: damaged")
+        report.leave("the manifest is damaged", "source")
+        return None
     try:
-        origin = detect(place, labels or (Path(noted.labels) if noted.labels else None))
+        origin = detect(place, labels or (Path(noted.labels) if noted.labels else None), download=False)
         if noted.split not in origin.sets:
             report.leave(f"{place} has no split {noted.split}, only {', '.join(origin.sets)}", "source")
             return None
@@ -64,14 +71,15 @@ def find_source(
             raise
         report.leave(f"{str(error).split(';')[0]}; --source says where it is now", "source")
         return None
-    return Source(images, options, _compare_entries(stored, images, record, report))
+    same, skipped = _compare_entries(stored, images, record, report)
+    return Source(images, options, same, skipped, f"{noted.split} of {origin.description}")
 
 
 def compare_image(stored: Stored, source: Source, i: int, data: bytes) -> tuple[str, bool]:
     """What is wrong with an image of these bytes, or "", and whether it is like its source, but not to the bit."""
     if not source.same[i]:
         return "", False  # that was told already
-    entry = int(stored.index[i])
+    entry, found = int(stored.index[i]), None
     try:
         kept = source.options.to == "webdataset" or source.options.mode == "original"
         if kept and (stored.size[i] == stored.original[i]).all():
@@ -89,20 +97,40 @@ def compare_image(stored: Stored, source: Source, i: int, data: bytes) -> tuple[
                     return f"its source gives another {what}: {_text(row[what])}, not {_text(column[i])}", False
             if now == data:
                 return "", False
-            return _unlike(stored, i, data, now)
+            return _unlike(stored, i, data, now, kept=isinstance(found, bytes) and found == now)
 
 
-def _unlike(stored: Stored, i: int, data: bytes, now: bytes) -> tuple[str, bool]:
+def try_skipped(source: Source, k: int) -> str:
+    """What is wrong with an entry that was left out, or ""."""
+    entry, name, reason = (source.skipped[k][key] for key in ("index", "name", "reason"))
+    match encode(source.images, source.options, entry):
+        case Encoded():
+            return f"entry {entry} ({name}) was skipped, but can be read: changed since, or left out wrongly ({reason})"
+    return ""
+
+
+def _unlike(stored: Stored, i: int, data: bytes, now: bytes, kept: bool) -> tuple[str, bool]:
+    """See `compare_image`, for data that are not `now`: those of the source, as they are if `kept`."""
     height, width = stored.size[i].tolist()
     if stored.mode[i] == RAW:
         here, there = (np.frombuffer(pixels, np.uint8).reshape(height, width, 3) for pixels in (data, now))
     else:
         here, there = decode_image(data), decode_image(now)
     found = psnr(here, there)
-    return ("", True) if found >= ALIKE else (f"not the image of its source (PSNR {found:.1f} dB)", False)
+    if found < ALIKE:
+        return f"not the image of its source (PSNR {found:.1f} dB)", False
+    whole = (stored.size[i] == stored.original[i]).all()
+    if kept:
+        return f"not the bytes of its source, though stored as they were (PSNR of its pixels {found:.1f} dB)", False
+    if whole and found != np.inf and (stored.mode[i] == RAW or now.startswith(PNG)):
+        return f"not the pixels of its source, though stored without loss (PSNR {found:.1f} dB)", False
+    return "", True
 
 
-def _compare_entries(stored: Stored, images: ImageSet, record: SplitRecord, report: Report) -> np.ndarray:
+def _compare_entries(
+    stored: Stored, images: ImageSet, record: SplitRecord, report: Report
+) -> tuple[np.ndarray, tuple[dict[str, Any], ...]]:
+    """See Source, for `same` and `skipped`."""
     count = len(images.labels)
     expected = record.count + len(record.skipped)
     if count != expected:
@@ -110,22 +138,26 @@ def _compare_entries(stored: Stored, images: ImageSet, record: SplitRecord, repo
     if tuple(map(printable, images.classes)) != record.classes:
         report.add("source", f"{record.file}: its source has other classes than manifest.json says")
     same = stored.index < count
-    for i, entry in enumerate(stored.index.tolist()):
-        if not same[i]:
+    labels = np.full(len(same), -1, np.int64)
+    labels[same] = images.labels[stored.index[same]]
+    columns = (stored.index.tolist(), stored.label.tolist(), labels.tolist())
+    for i, (entry, label, theirs) in enumerate(zip(*columns, strict=True)):
+        if entry >= count:
             continue  # counted above
         name = printable(images.name(entry))
         if name != stored.name(i):
             report.add("source", f"{stored.where(i)}: that entry of its source is {name}")
             same[i] = False
-        elif images.labels[entry] != stored.label[i]:
-            report.add(
-                "source", f"{stored.where(i)}: label {stored.label[i]}, but {images.labels[entry]} in its source"
-            )
+        elif label != theirs:
+            report.add("source", f"{stored.where(i)}: label {label}, but {theirs} in its source")
+    skipped = []
     for left_out in record.skipped:
         entry, name = left_out["index"], left_out["name"]
         if entry < count and printable(images.name(entry)) != name:
             report.add("source", f"{record.file}: skipped entry {entry} was {name}, but its source has another there")
-    return same
+        elif entry < count:
+            skipped.append(left_out)
+    return same, tuple(skipped)
 
 
 def _text(value: Any) -> str:

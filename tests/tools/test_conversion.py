@@ -1,14 +1,17 @@
-"""Many processes write what one thread would, and what was interrupted is gone on with only where all is as it was."""
+"""Many processes write what one thread would, however often they are interrupted."""
 
 import io
 import os
 import shutil
-from dataclasses import asdict, fields
-from functools import partial
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict
+from itertools import count
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
-import PIL
 import pytest
 from PIL import Image
 from rich.console import Console
@@ -17,13 +20,16 @@ from pipelines.beton import open_beton
 from pipelines.manifest import read_manifest
 from pipelines.sampler import permutation
 from ressl.batch import DataError
-from tools import journal
+from tools import conversion
+from tools import convert as convert_module
 from tools.beton_writer import EncodedSample, write_beton
+from tools.conversion import SplitWork, open_split, place_chunk
 from tools.convert import convert
+from tools.crew import Crew, Encode, News, Task, Written
 from tools.encode import Encoded, Options, encode
 from tools.image_sets import detect
-from tools.journal import PART, WorkDirectory
-from tools.rows import SUFFIXES
+from tools.journal import PART, Chunk, WorkDirectory
+from tools.rows import ROW, SUFFIXES
 from tools.shard_writer import Member, write_shards
 from tools.tensor_writer import write_tensors_to
 
@@ -131,6 +137,51 @@ def test_shards_are_as_large_as_was_asked_for(tmp_path):
     assert sizes == [8 * 121_856 + 1024] * 3 + [6 * 121_856 + 1024]
 
 
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_no_more_workers_are_started_than_there_is_work_for(interrupted, tmp_path, monkeypatch):
+    forks, fork = [], os.fork
+
+    def counted() -> int:
+        forks.append(fork())
+        return forks[-1]
+
+    monkeypatch.setattr(os, "fork", counted)
+    convert(str(interrupted / "src"), tmp_path / "out", "tensor", workers=1000, max_skipped=1, console=QUIET)
+    assert len(forks) == 24  # of four images each
+
+
+@pytest.mark.parametrize("to", ["tensor", "webdataset"])
+def test_a_worker_holds_little_data_however_large_the_images_are(tmp_path, monkeypatch, to):
+    """A hundredth of what it may hold: 320 images of 60 kB, of which it would have got 5 at a time."""
+    monkeypatch.setattr(convert_module, "CHUNK_BYTES", 1 << 17)
+    for i in range(320):
+        save(tmp_path / "src" / f"{i:03}.bmp", np.full((100, 200 + i % 2, 3), i % 256, np.uint8))
+    assert detect(str(tmp_path / "src")).sets["train"]().chunk >= 5
+    sent, received, held = Crew.send, Crew.receive, list[int]()
+    chunks: dict[int, list[tuple[int, int]]] = {}  # worker -> those that it has before it or encoded: images each
+
+    def send(crew: Crew, worker: int, task: Task) -> None:
+        if isinstance(task, Encode):
+            chunks.setdefault(worker, []).append((task.chunk, len(task.indices)))
+            held.append(sum(images for _, images in chunks[worker]))
+        sent(crew, worker, task)
+
+    def receive(crew: Crew, timeout: float) -> list[tuple[int, News]]:
+        news = received(crew, timeout)
+        for worker, one in news:
+            if isinstance(one, Written):
+                chunks[worker] = [known for known in chunks[worker] if known[0] != one.chunk]
+        return news
+
+    monkeypatch.setattr(Crew, "send", send)
+    monkeypatch.setattr(Crew, "receive", receive)
+    convert(str(tmp_path / "src"), tmp_path / "out", to, workers=2, console=QUIET)
+    assert 0 < max(held) * 60_000 <= 3 << 17
+    assert len(held) >= 160  # of two images each
+
+
 # --- going on --------------------------------------------------------------------------------------------------------
 
 
@@ -180,165 +231,83 @@ def test_what_was_noted_is_not_done_again(copy):
     assert contents(copy / "out") == contents(copy / "whole")
 
 
-def refused(copy: Path, message: str, **options) -> None:
-    """The call is refused and harms nothing; with `restart` it begins anew, and gives what it gives elsewhere."""
-    before = contents(copy / "out")
-    with pytest.raises(DataError, match=message) as raised:
-        go_on(copy, copy / "out", **options)
-    assert "--restart" in str(raised.value)
-    assert contents(copy / "out") == before
-    go_on(copy, copy / "out", **options, restart=True)
-    go_on(copy, copy / "elsewhere", **options)
-    assert contents(copy / "out") == contents(copy / "elsewhere")
+# --- interrupted amid its notes --------------------------------------------------------------------------------------
 
 
-CHANGED = {
-    "to": "webdataset",
-    "mode": "raw",
-    "jpg_share": 0.25,
-    "quality": 80,
-    "max_side": 10,
-    "exif_rotate": True,
-    "check": "header",
-    "shuffle": True,
-    "shard_mb": 7,
-}
+@contextmanager
+def interrupted_at(line: int) -> Iterator[None]:
+    """Ctrl-C before the n-th line, from 0, that this thread runs of what notes chunks."""
+    codes = (conversion._commit.__code__, WorkDirectory.commit.__code__, WorkDirectory.settle.__code__)
+    lines = count()
+
+    def trace(frame: FrameType, event: str, _: object) -> Callable | None:
+        if event == "line" and next(lines) == line:
+            raise KeyboardInterrupt
+        return trace if frame.f_code in codes else None
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
-@pytest.mark.parametrize("option", [field.name for field in fields(Options)])
-def test_another_option_is_refused_and_named(copy, option):
-    was, now = getattr(Options("tensor"), option), CHANGED[option]
-    refused(
-        copy,
-        rf"holds an interrupted conversion of something else: --{option.replace('_', '-')} was {was}, is {now};",
-        **{option: now},
-    )
+def note(splits: list[SplitWork], work: WorkDirectory, line: int) -> bool:
+    """Whether it was interrupted."""
+    try:
+        with interrupted_at(line):
+            conversion._commit(splits, work)
+    except KeyboardInterrupt:
+        return True
+    return False
 
 
-def test_all_that_differs_is_named_together(copy):
-    (copy / "src" / "a" / "more.png").write_bytes((copy / "src" / "a" / "01.png").read_bytes())
-    refused(
-        copy,
-        r"--mode was auto, is raw; --quality was 90, is 80; train had 96 images, has 97; repeat",
-        mode="raw",
-        quality=80,
-    )
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_a_note_that_is_interrupted_between_any_two_lines_is_made_again_without_a_gap(interrupted, tmp_path, times):
+    """As often as that happens, and whatever is written meanwhile."""
+    images = detect(str(interrupted / "src")).sets["train"]()
+    for line in count():
+        out = tmp_path / str(line)
+        with closing(WorkDirectory(out)) as work:
+            work.begin({})
+            splits = [open_split(name, images, work.path / f"{name}.beton", Options("ffcv")) for name in "ab"]
+            happened = []
+            for written in (1, 2, 4):
+                for split in splits:
+                    split.output.touch()
+                    for number in range(len(split.chunks), written):
+                        rows = np.zeros(len(split.indices(number)), ROW)
+                        rows["index"] = split.indices(number)
+                        place_chunk(split, Chunk(rows, ()))
+                        split.written.add(number)
+                if written == 2:
+                    happened = [note(splits, work, line) for _ in range(times)]
+                else:
+                    conversion._commit(splits, work)
+            work.settle()
+            past = work.read()
+        for name in "ab":
+            indices = [index for chunk in past.chunks[name] for index in chunk.rows["index"].tolist()]
+            assert indices == list(range(16)), line
+        if not any(happened):
+            break
+    assert line > 20
 
 
-def remove(src: Path) -> None:
-    (src / "a" / "07.png").unlink()
-
-
-def rename(src: Path) -> None:
-    (src / "a" / "07.png").rename(src / "a" / "070.png")
-
-
-def move_to_another_class(src: Path) -> None:
-    (src / "b").rename(src / "c")
-
-
-def add_an_empty_class(src: Path) -> None:
-    (src / "aa").mkdir()
-
-
-def edit(name: str, src: Path) -> None:
-    """As many bytes, another time."""
-    (src / name).write_bytes(bytes((src / name).stat().st_size))
-    os.utime(src / name, ns=(10**18, 10**18))
-
-
-def replace_by_another_of_that_time(src: Path) -> None:
-    status = (src / "a" / "07.png").stat()
-    save(src / "a" / "07.png", noise(7, 10, 12))
-    os.utime(src / "a" / "07.png", ns=(status.st_atime_ns, status.st_mtime_ns))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (remove, "train had 96 images, has 95"),
-        (rename, "the names, the labels or the archives of the source's train have changed"),
-        (move_to_another_class, "the names, the labels or the archives of the source's train have changed"),
-        (add_an_empty_class, "the names, the labels or the archives of the source's train have changed"),
-        (partial(edit, "a/07.png"), r"train: a/07\.png has changed since the conversion was interrupted"),
-        (partial(edit, "a/05.png"), r"train: a/05\.png has changed since the conversion was interrupted"),
-        (replace_by_another_of_that_time, r"train: a/07\.png has changed since the conversion was interrupted"),
-    ],
-    ids=["removed", "renamed", "class", "empty class", "edited", "repaired", "size"],
-)
-def test_a_source_that_has_changed_is_refused_and_the_difference_is_named(copy, change, message):
-    change(copy / "src")
-    refused(copy, message)
-
-
-def test_what_changes_in_images_that_are_still_to_come_is_taken_as_it_is(copy):
-    save(copy / "src" / "b" / "92.png", noise(1, 9, 12))
-    go_on(copy, copy / "out")
+def test_a_conversion_that_is_interrupted_amid_a_note_goes_on_to_the_same_bytes(copy, monkeypatch):
+    monkeypatch.setattr(conversion, "COMMIT_SECONDS", 0)
     go_on(copy, copy / "whole")
-    assert contents(copy / "out") == contents(copy / "whole")
-
-
-def test_another_source_is_refused(copy, tmp_path):
-    for i in range(96):
-        save(tmp_path / "other" / "src" / "ab"[i // 48] / f"{i:02}.png", noise(i + 1, 9, 12))
-    with pytest.raises(DataError, match=r"train: a/00\.png has changed since the conversion was interrupted"):
-        go_on(tmp_path / "other", copy / "out")
-
-
-def test_other_labels_are_refused(copy):
-    lines = [f"{'ab'[i // 48]}/{i:02}.png {i % 3}\n" for i in range(96)]
-    labels = copy / "labels.txt"
-    labels.write_text("".join(lines))
-    refused(copy, "the names, the labels or the archives of the source's train have changed", labels=labels)
-
-
-def test_other_software_is_refused(copy, monkeypatch):
-    was = PIL.__version__
-    monkeypatch.setattr(PIL, "__version__", "0.1")
-    refused(copy, f"Pillow was {was}, is 0.1")
-
-
-@pytest.mark.parametrize("changed", [{"workers": 3}, {"max_skipped": 0.5}, {"overwrite": True}])
-def test_what_does_not_decide_the_bytes_may_change(copy, changed):
-    go_on(copy, copy / "out", **changed)
-    go_on(copy, copy / "whole")
-    assert contents(copy / "out") == contents(copy / "whole")
-
-
-def test_a_second_converter_is_refused_while_the_first_one_works(copy, monkeypatch):
-    monkeypatch.setattr(journal, "LOCK_SECONDS", 0.1)
-    work = WorkDirectory(copy / "out")
-    before = contents(copy / "out")
-    for restart in (False, True):
-        with pytest.raises(
-            DataError, match="out: another process is converting into it; wait for it or choose another"
-        ):
-            go_on(copy, copy / "out", restart=restart)
-    work.close()
-    assert contents(copy / "out") == before
-
-
-@pytest.mark.parametrize("restart", [False, True])
-@pytest.mark.parametrize("name", ["notes.txt", "photos/1.jpg"])
-def test_a_foreign_file_in_the_work_directory_is_kept(copy, name, restart):
-    path = copy / "out" / PART / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("mine")
-    go_on(copy, copy / "out", restart=restart)
-    go_on(copy, copy / "whole")
-    assert contents(copy / "out") == contents(copy / "whole") | {f"{PART}/{name}": b"mine"}
-    with pytest.raises(DataError, match=rf"convert\.part: holds '{name.split('/')[0]}'.*move it away"):
-        go_on(copy, copy / "out", overwrite=True)
-
-
-def test_a_foreign_file_among_shards_in_the_work_directory_is_kept(copy):
-    with pytest.raises(DataError, match="--max-skipped"):
-        go_on(copy, copy / "shards", "webdataset", max_skipped=0.025)
-    (copy / "shards" / PART / "train" / "notes.txt").write_text("mine")
-    before = contents(copy / "shards")
-    with pytest.raises(DataError, match=r"train: holds 'notes\.txt', which `convert` did not write.*move it away"):
-        go_on(copy, copy / "shards", "webdataset")
-    assert contents(copy / "shards") == before
+    expected, went_on = contents(copy / "whole"), 0
+    for line in range(3, 160, 13):
+        with interrupted_at(line), suppress(KeyboardInterrupt):
+            go_on(copy, copy / "new", overwrite=True)
+        said = io.StringIO()
+        go_on(copy, copy / "new", overwrite=True, console=Console(file=said, width=200))
+        assert contents(copy / "new") == expected, line
+        went_on += "goes on after" in said.getvalue()
+        shutil.rmtree(copy / "new")
+    assert went_on > 3
 
 
 # --- interrupted amid the renames ------------------------------------------------------------------------------------

@@ -314,7 +314,7 @@ def test_every_layout_becomes_every_format(layout, to, tmp_path):
     output = io.StringIO()
     console = Console(file=output, width=200)
     options = {"labels": labels if labels.exists() else None, "console": console}
-    manifest = convert(source, tmp_path / "out", to, mode="raw", workers=2, **options)
+    manifest = convert(source, tmp_path / "out", to, mode="raw" if to == "ffcv" else "auto", workers=2, **options)
     assert output.getvalue().startswith("source: ")
     assert set(manifest.splits) == set(expected)
     assert manifest == read_manifest(tmp_path / "out")

@@ -18,7 +18,6 @@ from pipelines.images import BadImage
 from ressl.batch import DataError
 from tools.crew import Crew, Encode, Encodings, Measure, Measured, News, WorkerDied, Write, Written
 from tools.encode import Options
-from tools.estimate import TABLES
 from tools.image_sets.image_set import ImageSet
 from tools.rows import PLACE
 
@@ -103,8 +102,24 @@ def test_images_that_are_measured_are_not_kept(tmp_path):
         crew.send(0, Measure("train", [1, 2, 3]))
         ((_, news),) = next_news(crew)
         assert isinstance(news, Measured)
-        assert [sample.stored for sample in news.samples] == [192 + TABLES] * 3
+        assert [sample.stored for sample in news.samples] == [192] * 3
         assert crew.whereabouts() == ""
+
+
+def test_the_first_image_of_a_worker_which_takes_longer_is_not_measured():
+    began: list[int] = []
+
+    def read(i: int) -> np.ndarray:
+        if not began:  # in each worker
+            began.append(i)
+            time.sleep(0.3)
+        return image(i)
+
+    with Crew({"train": image_set(read)}, RAW, 2) as crew:
+        for worker in (0, 1):
+            crew.send(worker, Measure("train", [3, 4]))
+            ((_, news),) = next_news(crew)
+            assert max(sample.seconds for sample in news.samples) < 0.2
 
 
 def test_a_worker_uses_one_thread_of_torch():
@@ -137,7 +152,9 @@ def crash() -> None:
     ids=["killed", "crashed", "left"],
 )
 @pytest.mark.parametrize(
-    "task", [Encode("train", 0, [5, 6, 7, 8]), Measure("train", [6, 7])], ids=["encode", "measure"]
+    "task",
+    [Encode("train", 0, [5, 6, 7, 8]), Measure("train", [6, 7]), Measure("train", [7, 6])],
+    ids=["encode", "measure", "measure first"],
 )
 def test_the_image_that_a_worker_died_at_is_named(death, how, task):
     with Crew({"val": image_set(), "train": special(7, death)}, RAW, 2) as crew:
@@ -259,7 +276,8 @@ def test_a_crew_that_cannot_be_made_whole_leaves_no_worker(monkeypatch):
         return forks[-1]
 
     monkeypatch.setattr(os, "fork", fork)
-    with pytest.raises(BlockingIOError, match="temporarily unavailable"):
+    expected = "convert: worker 2 cannot be started: resource temporarily unavailable; use fewer --workers"
+    with pytest.raises(WorkerDied, match=expected):
         Crew({"train": image_set()}, RAW, 3)
     assert len(forks) == 2
     assert not any(Path(f"/proc/{pid}").exists() for pid in forks)

@@ -1,16 +1,20 @@
 """What is stored of one image: as it is where it can be, and else as the options say, with all changes noted."""
 
+import errno
 import io
+import os
+import re
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
 from pipelines.beton import JPG, RAW
-from pipelines.images import decode_image
+from pipelines.images import decode_image, read_file
 from ressl.batch import DataError
-from tools.encode import Encoded, Options, Skipped, changes_of, encode, lossy, prepare
+from tools.encode import Encoded, Options, Skipped, changes_of, encode, lossy, prepare, read_options
 from tools.image_sets.image_set import ImageSet
 from tools.rows import ROW, SUFFIXES
 
@@ -255,6 +259,69 @@ def test_only_what_may_encode_with_loss_is_called_lossy():
         True, True, False, True, True,
     ]  # fmt: skip
     assert (lossy(Options("tensor")), lossy(SHARDS)) == (False, True)
+
+
+@pytest.mark.parametrize("mode", ["original", "jpg"])
+def test_pixels_that_become_files_in_a_beton_count_as_encoded_anew_only_where_files_were_to_be_kept(mode):
+    one = encoded(pixels(), Options("ffcv", mode=mode))
+    assert one.data[:2] == b"\xff\xd8"
+    assert changes(one) == ({"encoded anew"} if mode == "original" else set())
+
+
+@pytest.mark.parametrize(
+    ("options", "read"),
+    [
+        (Options("tensor"), set()),
+        (Options("ffcv"), {"mode", "quality"}),
+        (Options("ffcv", mode="raw"), {"mode"}),
+        (Options("ffcv", mode="smart"), {"mode", "quality", "jpg_share"}),
+        (ORIGINAL, {"mode", "quality", "check"}),
+        (SHARDS, {"quality", "check", "shard_mb"}),
+    ],
+    ids=lambda given: f"{given.to}-{given.mode}" if isinstance(given, Options) else "",
+)
+def test_only_the_options_that_are_read_decide_the_bytes(options, read):
+    """Each of the others may have any value: no byte changes."""
+    assert set(read_options(options)) == read | {"to", "max_side", "exif_rotate", "shuffle"}
+    images = image_set(file_of(pixels()), pixels(), pixels(200, 200), file_of(pixels(), "PNG"))
+    others = {"mode": "raw", "quality": 40, "jpg_share": 0.0, "check": "header", "shard_mb": 3}
+    for name in set(others) - read:
+        for i in range(4):
+            one, other = encode(images, options, i), encode(images, replace(options, **{name: others[name]}), i)
+            assert (one.data, one.row.tobytes()) == (other.data, other.row.tobytes()), name
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENOMEM], ids=errno.errorcode.get)
+@pytest.mark.parametrize("options", [ORIGINAL, Options("tensor")], ids=["original", "tensor"])
+def test_an_image_whose_source_is_away_is_not_left_out(tmp_path, monkeypatch, options, number):
+    """Else a server that is away for a minute takes thousands of images with it."""
+    (tmp_path / "1.jpg").write_bytes(file_of(pixels()))
+
+    def away(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    images = replace(image_set(b""), read=lambda _: read_file(tmp_path / "1.jpg"))
+    with monkeypatch.context() as patched:
+        patched.setattr(io, "FileIO", away)
+        message = (
+            f"a\ufffd/0.jpg: cannot be read: {os.strerror(number).lower()}; the same command goes on when it can be"
+        )
+        with pytest.raises(DataError, match=re.escape(message)):
+            encode(images, options, 0)
+    assert isinstance(encode(images, options, 0), Encoded)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES], ids=errno.errorcode.get)
+def test_an_image_that_the_disk_does_not_give_is_left_out(tmp_path, monkeypatch, number):
+    (tmp_path / "1.jpg").write_bytes(file_of(pixels()))
+
+    def broken(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(io, "FileIO", broken)
+    one = encode(replace(image_set(b""), read=lambda _: read_file(tmp_path / "1.jpg")), ORIGINAL, 0)
+    assert isinstance(one, Skipped)
+    assert one.reason == f"cannot be read: {os.strerror(number).lower()}"
 
 
 def test_an_error_that_is_not_of_the_image_comes_through():

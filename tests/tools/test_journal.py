@@ -1,11 +1,9 @@
 """What the journal says of the past is true, whatever moment the process that wrote it died at."""
 
 import base64
-import io
 import json
 import os
 import resource
-import shutil
 import threading
 import zlib
 from collections.abc import Iterator
@@ -15,12 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
-from rich.console import Console
 
 from ressl.batch import DataError
 from tools import journal
-from tools.convert import convert
 from tools.encode import Skipped
 from tools.journal import JOURNAL, OLD, PART, Chunk, Past, WorkDirectory
 from tools.rows import ROW
@@ -56,7 +51,7 @@ def write_past(dst: Path) -> list[Past]:
         work.begin(HEADER)
         told.append(work.read())
         for number, split in enumerate(("val", "train", "val", "train", "train")):
-            work.commit([(split, chunk(number))], [])
+            work.commit([(split, len(told[-1].chunks.get(split, ())), chunk(number))], [])
             work.settle()
             told.append(work.read())
         (work.path / "manifest.json").touch()
@@ -92,7 +87,7 @@ def test_a_journal_cut_anywhere_says_what_was_true_before_and_can_be_written_on(
             assert same(work.read(), told[lines]), cut
             assert path.stat().st_size == ends[lines]
             if cut % 50 == 0:
-                work.commit([("more", chunk(9))], [])
+                work.commit([("more", 0, chunk(9))], [])
                 work.settle()
                 assert same(Past(chunks={"more": work.read().chunks["more"]}), Past(chunks={"more": [chunk(9)]})), cut
 
@@ -128,13 +123,47 @@ def test_a_journal_of_another_version_is_refused_and_kept(tmp_path, change):
     write_past(tmp_path)
     path = tmp_path / PART / JOURNAL
     record = json.loads(path.read_bytes().splitlines()[2].split(b" ", 1)[1])
-    text = json.dumps(record | change).encode()
+    text = json.dumps(record | {"chunk": 3} | change).encode()
     with path.open("ab") as file:
         file.write(b"%08x %s\n" % (zlib.crc32(text), text))
     before = path.read_bytes()
     with pytest.raises(DataError, match=r"convert\.part: begun by another version of this program; remove it to begin"):
         read(tmp_path)
     assert path.read_bytes() == before
+
+
+def test_what_was_noted_twice_counts_once(tmp_path):
+    with closing(WorkDirectory(tmp_path)) as work:
+        work.begin(HEADER)
+        work.commit([("train", 0, chunk(0)), ("train", 1, chunk(1)), ("val", 0, chunk(5))], [])
+        work.commit([("train", 1, chunk(1)), ("train", 2, chunk(2))], [])
+        work.settle()
+    assert same(read(tmp_path), Past(HEADER, {"train": [chunk(0), chunk(1), chunk(2)], "val": [chunk(5)]}))
+
+
+def test_a_journal_with_a_gap_is_refused_and_kept(tmp_path):
+    with closing(WorkDirectory(tmp_path)) as work:
+        work.begin(HEADER)
+        work.commit([("train", 0, chunk(0)), ("train", 2, chunk(2))], [])
+        work.settle()
+    before = (tmp_path / PART / JOURNAL).read_bytes()
+    with pytest.raises(DataError, match=r"convert\.part: its journal lacks a line; remove it to begin anew"):
+        read(tmp_path)
+    assert (tmp_path / PART / JOURNAL).read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_chunks_that_are_taken_back_are_gone_and_others_take_their_place(tmp_path, number):
+    with closing(WorkDirectory(tmp_path)) as work:
+        work.begin(HEADER)
+        work.commit([("val", 0, chunk(7)), *(("train", i, chunk(i)) for i in range(3))], [])
+        work.settle()
+        work.forget("train", number)
+        left = [chunk(i) for i in range(number)]
+        assert same(work.read(), Past(HEADER, {"val": [chunk(7)], "train": left}))
+        work.commit([("train", number, chunk(9))], [])
+        work.settle()
+    assert same(read(tmp_path), Past(HEADER, {"val": [chunk(7)], "train": [*left, chunk(9)]}))
 
 
 # --- what is noted is on the disk ------------------------------------------------------------------------------------
@@ -151,7 +180,7 @@ def test_data_is_on_the_disk_before_it_is_noted_and_noted_before_it_counts(tmp_p
         monkeypatch.setattr(os, name, partial(call, name, getattr(os, name)))
     with closing(WorkDirectory(tmp_path)) as work:
         (work.path / "data").touch()
-        work.commit([("train", chunk(0))], [work.path / "data"])
+        work.commit([("train", 0, chunk(0))], [work.path / "data"])
         work.settle()
     assert [call[:2] for call in calls] == [("fsync", "data"), ("write", JOURNAL), ("fdatasync", JOURNAL)]
     assert {call[2] for call in calls} == {"journal_0"}  # the parent goes on meanwhile
@@ -169,18 +198,22 @@ def file_size_limit(size: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("room", [0, 1, 100])
-def test_a_line_that_a_full_disk_tears_is_taken_back(tmp_path, room):
+def test_a_line_that_a_full_disk_tears_is_taken_back_and_none_comes_behind_it(tmp_path, room):
     with closing(WorkDirectory(tmp_path)) as work:
         work.begin(HEADER)
-        work.commit([("train", chunk(0))], [])
+        work.commit([("train", 0, chunk(0))], [])
         work.settle()
         size = (work.path / JOURNAL).stat().st_size
         with file_size_limit(size + room):
-            work.commit([("train", chunk(1))], [])
+            work.commit([("train", 1, chunk(1))], [])
             with pytest.raises(OSError, match="File too large"):
-                work.commit([("train", chunk(2))], [])  # tells of the one before, and is not noted behind it
+                work.settle()
+        for _ in range(2):  # there is room again, but a chunk is missing
+            with pytest.raises(OSError, match="File too large"):
+                work.commit([("train", 2, chunk(2))], [])
         assert (work.path / JOURNAL).stat().st_size == size
-        work.commit([("train", chunk(1))], [])
+    with closing(WorkDirectory(tmp_path)) as work:
+        work.commit([("train", 1, chunk(1))], [])
         work.settle()
         assert same(work.read(), Past(HEADER, {"train": [chunk(0), chunk(1)]}))
 
@@ -230,7 +263,7 @@ def test_a_directory_of_somebody_else_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["notes.txt", "notes", "train/notes.txt", "photos/1.jpg", "train.beton.bak", "old/mine/x"]
+    "name", ["notes.txt", "notes", "train/notes.txt", "photos/1.jpg", "train.beton.bak", ".old/mine/x", ".hidden"]
 )
 def test_a_foreign_file_is_not_removed_with_ours(tmp_path, name):
     with closing(WorkDirectory(tmp_path / "new")) as work:
@@ -254,6 +287,16 @@ def test_discarding_removes_the_directories_that_were_made_and_no_others(tmp_pat
         work.begin(HEADER)
         work.discard()
     assert [path.name for path in tmp_path.rglob("*")] == ["a"]
+
+
+def test_a_link_in_place_of_the_directory_is_refused(tmp_path):
+    """It may lead to another disk, from which nothing can be renamed."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / PART).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=r"convert\.part: is a link, out of which files could not be renamed"):
+        WorkDirectory(tmp_path / "out")
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def test_a_place_that_cannot_be_a_directory_is_refused(tmp_path):
@@ -308,56 +351,3 @@ def test_an_output_that_somebody_replaced_after_it_got_its_name_is_told(tmp_path
     (tmp_path / "train.beton").unlink()
     with closing(WorkDirectory(tmp_path)) as work, pytest.raises(DataError, match="removed or replaced"):
         work.publish(sealed)
-
-
-# --- and a conversion goes on after it -------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def interrupted(tmp_path_factory) -> Path:
-    """`src` of 96 images, 6 chunks, one of them bad; `out`, which stopped there; and `whole`, which did not."""
-    root = tmp_path_factory.mktemp("interrupted")
-    for i in range(96):
-        path = root / "src" / "ab"[i // 48] / f"{i:02}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (9, 12, 3), np.uint8)).save(path)
-    (root / "src" / "b" / "90.png").write_text("text")
-    with pytest.raises(DataError, match="--max-skipped"):
-        convert(str(root / "src"), root / "out", "tensor", workers=1, max_skipped=0, console=Console(quiet=True))
-    convert(str(root / "src"), root / "whole", "tensor", workers=1, max_skipped=1, console=Console(quiet=True))
-    assert (root / "out" / PART / JOURNAL).read_bytes().count(b"\n") >= 4
-    return root
-
-
-def test_a_conversion_goes_on_after_a_journal_that_was_cut_or_damaged_anywhere(interrupted, tmp_path):
-    whole = (interrupted / "out" / PART / JOURNAL).read_bytes()
-    expected = {path.name: path.read_bytes() for path in (interrupted / "whole").iterdir()}
-    went_on = set()
-    for number, position in enumerate(np.linspace(0, len(whole) - 1, 24).astype(int)):
-        out = tmp_path / str(position)
-        shutil.copytree(interrupted / "out", out)
-        damaged = bytearray(whole) if number % 2 else bytearray(whole[:position])
-        if number % 2:
-            damaged[position] ^= 1 << number % 8
-        (out / PART / JOURNAL).write_bytes(damaged)
-        said = io.StringIO()
-        convert(
-            str(interrupted / "src"), out, "tensor", workers=1, max_skipped=1, console=Console(file=said, width=200)
-        )
-        assert {path.name: path.read_bytes() for path in out.iterdir()} == expected, position
-        went_on.add("goes on after" in said.getvalue())
-    assert went_on == {True, False}
-
-
-def test_data_that_is_shorter_than_the_journal_says_is_refused(interrupted, tmp_path):
-    shutil.copytree(interrupted / "out", tmp_path / "out")
-    data = tmp_path / "out" / PART / "train.safetensors"
-    os.truncate(data, 5000)
-    before = {path.name: path.read_bytes() for path in data.parent.iterdir()}
-    with pytest.raises(DataError, match=r"train\.safetensors: 5,000 bytes, but [\d,]+ were written before; --restart"):
-        convert(str(interrupted / "src"), tmp_path / "out", "tensor", max_skipped=1, console=Console(quiet=True))
-    assert {path.name: path.read_bytes() for path in data.parent.iterdir()} == before
-    options = {"max_skipped": 1, "restart": True, "console": Console(quiet=True)}
-    convert(str(interrupted / "src"), tmp_path / "out", "tensor", **options)
-    for path in (interrupted / "whole").iterdir():
-        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from pipelines.beton import ALLOCATION, FIELD, FIELDS, HEADER, JPG, RAW, metadata_dtype, open_beton
+from pipelines.beton import FIELD, FIELDS, HEADER, metadata_dtype, open_beton
 from pipelines.shards import BLOCK, read_index
 from pipelines.tensor_file import read_tensor_file
 from ressl.batch import DataError
@@ -36,7 +36,8 @@ def whole(tmp_path_factory) -> Path:
         (noise(i, 240, 300) if i < 8 else noise(i, 20 + i, 30)).save(path)
     (root / "src" / "a" / "05.jpg").write_bytes(b"not an image")
     for to in ("ffcv", "tensor", "webdataset"):
-        convert(str(root / "src"), root / to, to, shard_mb=1, max_skipped=0.5, shuffle=True, console=QUIET)
+        sharding = {"shard_mb": 1} if to == "webdataset" else {}
+        convert(str(root / "src"), root / to, to, max_skipped=0.5, shuffle=True, console=QUIET, **sharding)
     return root
 
 
@@ -174,28 +175,6 @@ def test_each_damaged_image_is_named_and_no_other(copy, to):
     assert "again" in text.splitlines()[-2]
 
 
-@pytest.mark.parametrize("to", REGIONS)
-def test_about_200_bytes_anywhere_are_each_found(copy, to):
-    """As many in each file, and in a .beton as many in its head, its data and its table as in the gaps."""
-    root, draw = copy(to), np.random.default_rng(7)
-    ranges = [(path, 0, path.stat().st_size) for path in sorted(root.rglob("*")) if path.is_file()]
-    if to == "ffcv":
-        beton = open_beton(root / "train.beton")
-        first, last = int(beton.data_ptr.min()), int((beton.data_ptr + beton.data_size).max())
-        ranges += [(beton.path, *part) for part in ((0, 6200), (6200, first), (first, last), (last, beton.length))]
-        ranges += [(beton.path, beton.length - COUNT * ALLOCATION.itemsize, beton.length)]
-    missed = []
-    for number in range(200):
-        path, start, stop = ranges[number % len(ranges)]
-        place = int(draw.integers(start, stop))
-        flip(path, place)
-        if check(root, workers=1)[0]:
-            missed.append((path.name, place))
-        flip(path, place)
-    assert missed == []
-    assert check(root)[0]
-
-
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -252,12 +231,45 @@ def test_files_that_do_not_belong_to_the_shards_are_named(copy):
     assert "shard-00002.tar: not written by this conversion" in text
 
 
+def test_hidden_files_among_the_shards_are_a_note_and_nothing_wrong(copy):
+    root = copy("webdataset")
+    for name in (".DS_Store", ".nfs000001"):
+        (root / "train" / name).write_bytes(bytes(1000))
+    good, text = check(root)
+    assert good
+    assert "train: hidden files that no reader looks at, which can be removed: .DS_Store, .nfs000001" in text
+
+
+def test_data_that_the_manifest_does_not_list_is_a_note(copy, whole):
+    root = copy("ffcv")
+    (root / "val.beton").write_bytes(b"junk")
+    shutil.copytree(whole / "webdataset" / "train", root / "shards")
+    good, text = check(root)
+    assert good
+    for name in ("shards", "val.beton"):
+        assert f"{root / name}: not in manifest.json, so not checked; `verify {root / name}` does it" in text
+    assert text.count("so not checked") == 2
+
+
+@pytest.mark.parametrize(
+    ("to", "name"),
+    [*((to, name) for to, name in FILES), *((to, "manifest.json") for to in DATA)],
+)
+def test_a_fifo_in_place_of_a_file_is_named_and_never_waited_for(copy, to, name):
+    path = copy(to) / name
+    path.unlink()
+    os.mkfifo(path)
+    good, text = check(path.parents[len(Path(name).parts) - 1])
+    assert not good
+    assert f"\n{path}: " in text
+
+
 @pytest.mark.parametrize("to", REGIONS)
 def test_an_index_of_another_conversion_is_found(copy, whole, tmp_path, to):
     """Of the same images, in another order or at another quality: all of its own checks pass."""
     root = copy(to)
     other = tmp_path / "other"
-    convert(str(whole / "src"), other, to, shard_mb=1, max_skipped=0.5, console=QUIET)
+    convert(str(whole / "src"), other, to, max_skipped=0.5, console=QUIET)
     shutil.copy(other / INDEX[to], root / INDEX[to])
     good, text = check(root)
     assert not good
@@ -310,41 +322,6 @@ def test_an_interrupted_conversion_is_told_how_to_go_on(tmp_path):
     (tmp_path / "convert.part").mkdir()
     with pytest.raises(DataError, match=r"its conversion was interrupted; the same `convert` goes on"):
         verify(tmp_path, console=QUIET)
-
-
-# --- images ----------------------------------------------------------------------------------------------------------
-
-
-def exchange(path: Path, one: int, other: int, length: int) -> None:
-    """Two ranges of as many bytes."""
-    data = bytearray(path.read_bytes())
-    data[one : one + length], data[other : other + length] = (
-        data[other : other + length],
-        data[one : one + length],
-    )
-    path.write_bytes(data)
-
-
-def test_two_images_of_one_size_in_each_others_place_are_found_in_a_beton_and_a_tensor_file(copy):
-    root = copy("ffcv")
-    beton = open_beton(root / "train.beton")
-    raw = [i for i in np.flatnonzero(beton.mode == RAW).tolist() if beton.index[i] != 0]
-    assert len(raw) > 3
-    assert (beton.mode == JPG).any()
-    one, other = raw[:2]
-    length = int(min(beton.data_size[one], beton.data_size[other]))
-    exchange(root / "train.beton", int(beton.data_ptr[one]), int(beton.data_ptr[other]), length)
-    good, text = check(root)
-    assert not good
-    assert text.count("CRC-32") == 2
-    tensors = copy("tensor")
-    data = read_tensor_file(tensors / "train.safetensors")
-    one, other = np.flatnonzero((data.size == data.size.max(0).values).all(1).numpy())[:2].tolist()
-    pixels = 8 + int.from_bytes((tensors / "train.safetensors").read_bytes()[:8], "little")
-    starts, length = (data.offset + pixels).tolist(), int(3 * data.size[one].long().prod())
-    del data
-    exchange(tensors / "train.safetensors", starts[one], starts[other], length)
-    assert check(tensors)[1].count("CRC-32") == 2
 
 
 # --- files alone -----------------------------------------------------------------------------------------------------

@@ -4,12 +4,12 @@ import io
 
 from rich.console import Console
 
-from tools.verify_report import SHOWN, Report, print_reports
+from tools.verify_report import COLUMNS, SHOWN, Report, print_reports
 
 
 def printed(*reports: Report, width: int = 200) -> str:
     console = Console(file=io.StringIO(), width=width)
-    print_reports(reports, console)
+    print_reports(reports, [], console)
     return console.file.getvalue()
 
 
@@ -47,6 +47,30 @@ def test_the_advice_is_to_copy_or_to_convert_again_or_to_look_at_the_source():
     assert "again" not in printed(whole)
     assert "Copy the files again" in printed(whole, damaged, moved)
     assert "The files are whole" in printed(whole, moved)
+
+
+def test_no_word_of_the_table_is_cut_on_a_terminal_of_80_columns():
+    one, other = Report("train"), Report("manifest")
+    one.totals.update(images=1_281_167, bytes=138_200_000_000)
+    for column in COLUMNS:
+        for _ in range(2):
+            one.add(column, "x")
+        one.leave("no time", column)
+        other.leave("the manifest is damaged", column)
+    lines = [line for line in printed(one, other, width=80).splitlines() if line[0] in "│┃"]
+    assert max(map(len, lines)) <= 80
+    words = " ".join(lines).split()
+    for column in COLUMNS:
+        assert column in words
+    assert words.count("problems;") == 4
+    assert words.count("checked") == 8
+    assert {"train", "manifest", "1,281,167", "138.2", "GB"} <= set(words)
+
+
+def test_notes_of_no_split_stand_below_the_table():
+    console = Console(file=io.StringIO(), width=80)
+    print_reports([Report("train")], ["val.beton: not in manifest.json"], console)
+    assert console.file.getvalue().splitlines()[-1] == "val.beton: not in manifest.json"
 
 
 def test_names_cannot_steer_the_terminal_or_be_taken_for_markup():

@@ -3,7 +3,9 @@
 import hashlib
 import io
 import json
+import os
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,11 +15,15 @@ from PIL import Image
 from rich.console import Console
 
 from pipelines.beton import ALLOCATION, FIELD, FIELDS, HEADER, metadata_dtype
-from pipelines.manifest import SplitRecord
+from pipelines.manifest import SplitRecord, read_manifest
 from ressl.batch import DataError
 from tools.convert import convert
 from tools.index_file import read_index_file, write_index_file
 from tools.verify import verify
+from tools.verify_content import check_content
+from tools.verify_layout import open_stored
+from tools.verify_report import Report
+from tools.verify_source import find_source
 
 FORMATS = ("ffcv", "tensor", "webdataset")
 
@@ -217,6 +223,97 @@ def test_a_file_that_was_taken_without_being_decoded_is_decoded(source, tmp_path
     assert "(a/03.jpg): cannot be decoded" in text
 
 
+@pytest.mark.parametrize(
+    ("to", "mode", "suffix"),
+    [("webdataset", "auto", "png"), ("webdataset", "auto", "jpg"), ("ffcv", "original", "jpg")],
+)
+def test_kept_files_have_the_bytes_of_their_source_and_not_only_its_looks(tmp_path, to, mode, suffix):
+    """Every other file is written again: a pixel differs by a bit, or nothing but how it is compressed."""
+    for i in range(6):
+        path = tmp_path / "src" / "ab"[i % 2] / f"{i}.{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        smooth(i, 40, 70).save(path)
+    convert(str(tmp_path / "src"), tmp_path / "out", to, mode=mode, console=Console(quiet=True))
+    assert check(tmp_path / "out")[0]
+    for path in (tmp_path / "src" / "b").iterdir():
+        pixels = np.array(Image.open(path))
+        pixels[0, 0, 0] ^= 1
+        Image.fromarray(pixels).save(path, **({"compress_level": 1} if suffix == "png" else {"quality": 95}))
+    good, text = check(tmp_path / "out")
+    assert not good
+    assert cells(text) == ["ok", "ok", "ok", "3 problems"]
+    assert text.count("not the bytes of its source, though stored as they were (PSNR") == 3
+    assert "look the same" not in text
+
+
+@pytest.mark.parametrize(("to", "mode"), [("tensor", "auto"), ("ffcv", "raw"), ("webdataset", "auto")])
+def test_what_is_stored_without_loss_has_the_pixels_of_its_source(tmp_path, to, mode):
+    images = np.random.default_rng(0).integers(0, 256, (6, 9, 8), dtype=np.uint8)
+    source = tmp_path / "src"
+    source.mkdir()
+
+    def write() -> None:
+        for what, array in (("images-idx3", images), ("labels-idx1", np.arange(6, dtype=np.uint8))):
+            shape = b"".join(side.to_bytes(4, "big") for side in array.shape)
+            (source / f"train-{what}-ubyte").write_bytes(bytes([0, 0, 8, array.ndim]) + shape + array.tobytes())
+
+    write()
+    convert(str(source), tmp_path / "out", to, mode=mode, console=Console(quiet=True))
+    assert check(tmp_path / "out")[0]
+    images[4, 0, 0] ^= 1
+    write()
+    good, text = check(tmp_path / "out")
+    assert not good
+    assert cells(text)[3] == "1 problem"
+    assert "[4]): not the pixels of its source, though stored without loss (PSNR" in text
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_an_entry_that_was_skipped_but_can_be_read_is_named(whole, source, to):
+    smooth(4, 40, 70).save(source / "b" / "04.jpg", quality=85)
+    good, text = check(whole / to, source=str(source))
+    assert not good
+    assert cells(text) == ["ok", "ok", "ok", "1 problem"]
+    (line,) = [line for line in text.splitlines() if "was skipped, but can be read" in line]
+    assert line.startswith(f"{whole / to}/train")
+    assert "entry 5 (b/04.jpg) was skipped, but can be read: changed since, or left out wrongly (not an image" in line
+
+
+def test_what_images_are_compared_with_is_said_first(whole, source):
+    text = check(whole / "ffcv", source=str(source))[1]
+    assert text.startswith(f"train: each image is compared with train of image folder {source}")
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_a_data_set_of_torchvision_is_not_downloaded_to_be_compared(whole, tmp_path, monkeypatch, made):
+    root, place = Path(shutil.copytree(whole / "tensor", tmp_path / "tensor")), tmp_path / "data" / "torchvision"
+    monkeypatch.chdir(tmp_path)
+    if made:
+        place.mkdir(parents=True)
+    change_manifest(root, lambda record: record["source"].update(place="torchvision:MNIST"))
+    good, text = check(root)
+    assert good, text
+    assert cells(text)[3] == "not checked"
+    assert "source not checked: torchvision:MNIST: cannot be read" in text
+    with pytest.raises(DataError, match=r"torchvision:MNIST: cannot be read.*elsewhere"):
+        check(root, source="torchvision:MNIST:elsewhere")
+    assert sorted(path.name for path in tmp_path.rglob("*MNIST*")) == []
+
+
+def test_an_archive_that_changes_while_it_is_compared_is_told_in_one_line(source, tmp_path):
+    tar = tmp_path / "src.tar"
+    with tarfile.open(tar, "w") as file:
+        file.add(source, "src")
+    convert(str(tar), tmp_path / "out", "ffcv", max_skipped=0.5, console=Console(quiet=True))
+    (record,) = read_manifest(tmp_path / "out").splits.values()
+    report = Report("train")
+    stored = open_stored(tmp_path / "out" / record.file, record, report)
+    found = find_source(stored, record, None, None, report)
+    os.utime(tar, (1, 1))
+    with pytest.raises(DataError, match=rf"^{tar}: changed"):
+        check_content(stored, report, deep=True, source=found, workers=2, advance=lambda *_: None)
+
+
 # --- the manifest ----------------------------------------------------------------------------------------------------
 
 
@@ -237,6 +334,22 @@ def test_a_file_that_was_taken_without_being_decoded_is_decoded(source, tmp_path
         ({"skipped": [{"index": 5, "name": "b/09.jpg", "reason": ""}]}, "skipped entry 5 was b/09.jpg"),
         ({"skipped": [{"index": 5}]}, "what it says of train cannot be"),
         ({"skipped": [3]}, "what it says of train cannot be"),
+        ({"skipped": [{"index": True, "name": "b/04.jpg", "reason": ""}]}, "what it says of train cannot be"),
+        ({"skipped": [{"index": 5, "name": "b/04.jpg", "reason": 5}]}, "what it says of train cannot be"),
+        ({"changes": []}, "what it says of train cannot be"),
+        ({"changes": {"grey": "1"}}, "what it says of train cannot be"),
+        ({"changes": {"grey": -1}}, "what it says of train cannot be"),
+        ({"count": True}, "not a manifest written by `convert`"),
+        ({"bytes": True}, "what it says of train cannot be"),
+        ({"file": "a\0b.beton"}, "what it says of train cannot be"),
+        ({"file": "\ud800.beton"}, "what it says of train cannot be"),
+        (
+            {"source": {"description": 1, "place": "x", "labels": None, "split": "train"}},
+            "what it says of train cannot",
+        ),
+        ({"source": {"description": "", "place": "a\0b", "labels": None, "split": "train"}}, "its source is no place"),
+        ({"source": {"description": "", "place": "x", "labels": "a\0b", "split": "train"}}, "its source is no place"),
+        ({"source": {"description": "", "place": "\ud800", "labels": None, "split": "t"}}, "or its source are damaged"),
         ({"options": {"to": "ffcv", "quality": "90"}}, "its options or its source are damaged"),
         ({"options": {"to": "ffcw"}}, "its options or its source are damaged"),
         ({"options": 1}, "what it says of train cannot be"),

@@ -1,12 +1,13 @@
 """What `convert` can read: `detect` finds out what lies at a place."""
 
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 from pipelines.images import IMAGE_SUFFIXES
 from ressl.batch import DataError
 from tools.image_sets.arrays import FASHION_MNIST, find_arrays
-from tools.image_sets.image_set import ImageSet, Origin
+from tools.image_sets.image_set import TORCHVISION, TORCHVISION_ROOT, ImageSet, Origin
 from tools.image_sets.imagenet import find_imagenet, find_kaggle
 from tools.image_sets.layouts import lay_out, lay_out_listed
 from tools.image_sets.members import Members
@@ -14,9 +15,8 @@ from tools.image_sets.tree import Tree, directory_tree, list_archive, member_tre
 from tools.image_sets.webdataset import find_webdataset
 from tools.image_sets.zip_members import is_zip
 
-__all__ = ["FASHION_MNIST", "ImageSet", "Origin", "detect"]
+__all__ = ["FASHION_MNIST", "TORCHVISION", "TORCHVISION_ROOT", "ImageSet", "Origin", "detect"]
 
-TORCHVISION = "torchvision:"
 ARCHIVES = (".tar", ".zip")
 PACKED = {  # how a file begins -> what it is, and what unpacks it
     b"\x1f\x8b": ("gzip", "gunzip --keep"),
@@ -28,18 +28,19 @@ PACKED = {  # how a file begins -> what it is, and what unpacks it
 }
 
 
-def detect(source: str, labels: Path | None = None) -> Origin:
+def detect(source: str, labels: Path | None = None, *, download: bool = True) -> Origin:
     """Finds out what `source` is, without reading all of it; the images of archives are listed, though.
 
     A directory or an archive of images, ImageNet's own archives, IDX and other arrays, Parquet files, WebDataset
-    shards, or `torchvision:NAME[:ROOT]`. `labels` is a list of labels for image files. Raises DataError.
+    shards, or `torchvision:NAME[:ROOT]`. `labels` is a list of labels for image files. Without `download`
+    nothing is downloaded. Raises DataError.
     """
     if source.startswith(TORCHVISION):
         from tools.image_sets.torchvision_sets import open_torchvision  # which few need
 
         if labels is not None:
             raise DataError(f"{source}: has labels of its own; leave out {labels}")
-        return open_torchvision(source)
+        return open_torchvision(source, download)
     root, labels = _expand(source), None if labels is None else _expand(str(labels))
     try:
         mode = root.stat().st_mode
@@ -80,13 +81,15 @@ def _tree(root: Path, is_directory: bool) -> Tree:
             raise _not_understood(root)
         return member_tree("zip file" if is_zip(root) else "tar file", root, members)
     tree = directory_tree(root)
-    if tree.directories("") or tree.images_in("").names:
+    if tree.images_in("").names:
         return tree
     try:
         files = sorted(path for path in root.iterdir() if path.name[0] != "." and path.is_file())
     except OSError as error:
         raise DataError(f"{root}: cannot be listed: {error.strerror}") from None
     archives = [path for path in files if path.suffix.lower() in ARCHIVES]
+    if tree.directories(""):
+        return replace(tree, kind=f"{tree.kind} (not used: {_first(archives)})") if archives else tree
     packed = [path for path in files if _packed(path) is not None]
     if not archives:
         if packed:
@@ -100,10 +103,13 @@ def _tree(root: Path, is_directory: bool) -> Tree:
         if members is None:
             raise _not_understood(path)
         listed[path] = members
-    names = ", ".join(path.name for path in archives[:3]) + ", ..." * (len(archives) > 3)
-    left = f"; not used: {', '.join(path.name for path in packed[:3])}" if packed else ""
-    kind = f"{len(archives):,} archive{'s' * (len(archives) > 1)} ({names}{left}) in"
+    left = f"; not used: {_first(packed)}" if packed else ""
+    kind = f"{len(archives):,} archive{'s' * (len(archives) > 1)} ({_first(archives)}{left}) in"
     return member_tree(kind, root, merge_archives(listed))
+
+
+def _first(paths: list[Path]) -> str:
+    return ", ".join(path.name for path in paths[:3]) + ", ..." * (len(paths) > 3)
 
 
 def _packed(path: Path) -> tuple[str, str] | None:

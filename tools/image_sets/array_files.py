@@ -1,6 +1,7 @@
 """Arrays of pixels as image sets, and the files that hold them: in a directory, or in an archive read in place."""
 
 import gzip
+import io
 import stat
 import tarfile
 import zlib
@@ -16,6 +17,7 @@ import numpy as np
 
 from ressl.batch import DataError
 from tools.image_sets.image_set import ImageSet
+from tools.image_sets.members import stamp_of
 
 MAX_UNPACKED = 1 << 30  # bytes of an archive that are read into memory
 ARCHIVES = (".tar.gz", ".tgz", ".tar")
@@ -80,15 +82,6 @@ def array_set(
         notes=notes,
         chunk=min(1024, max(16, (1 << 22) // (images.shape[1] * images.shape[2] * 3))),
     )
-
-
-def stamp_of(path: Path) -> tuple[int, int]:
-    """Bytes and mtime in nanoseconds, (-1, -1) where there is no such file."""
-    try:
-        status = path.stat()
-    except OSError:
-        return -1, -1
-    return status.st_size, status.st_mtime_ns
 
 
 def checksum(*arrays: np.ndarray) -> str:
@@ -177,6 +170,21 @@ def read_file(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def unpack(path: Path, data: bytes) -> bytes:
+    """What a gzip file holds, unless it is too large for memory. Raises DataError."""
+    parts, total = [], 0
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+            while part := file.read(1 << 20):
+                parts.append(part)
+                total += len(part)
+                if total > MAX_UNPACKED:
+                    raise _too_large(path)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: damaged gzip file ({error}); get it again") from None
+    return b"".join(parts)
 
 
 def is_file(path: Path) -> bool:

@@ -1,11 +1,10 @@
 """What `convert` reads from arrays of pixels: IDX files (the MNIST family), CIFAR-10, CIFAR-100 and STL-10.
 
 The layouts are those that their authors describe: yann.lecun.com/exdb/mnist, www.cs.toronto.edu/~kriz/cifar.html and
-cs.stanford.edu/~acoates/stl10. An archive as it was downloaded is read in place; nothing is unpacked to the disk.
+cs.stanford.edu/~acoates/stl10. CIFAR's archives as they are downloaded are read in place; that of STL-10 is too large
+to be unpacked in memory.
 """
 
-import gzip
-import zlib
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import numpy as np
 
 from ressl.batch import DataError
 from tools.image_sets.array_files import (
-    Files,
     Holder,
     array_set,
     check_labels,
@@ -26,11 +24,11 @@ from tools.image_sets.array_files import (
     lines_of,
     not_as_published,
     read_file,
-    read_files,
-    stamp_of,
+    unpack,
 )
 from tools.image_sets.cifar import CIFARS, find_cifar
 from tools.image_sets.image_set import ImageSet, Origin
+from tools.image_sets.members import stamp_of
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of the Debian package dataset-fashion-mnist
 FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
@@ -44,12 +42,14 @@ STL_SPLITS = {  # images, labels, how many there are
 
 
 def find_arrays(root: Path) -> Origin | None:
-    """The data set in `root`, in the directory there that has its published name, or in the archive `root`.
+    """The data set in `root`, in the directory there that has its published name, or in CIFAR's archive `root`.
 
-    None where there is none. Raises DataError for one that is damaged, and for several.
+    None where there is none. Raises DataError for one that is damaged, for several, and for STL-10's archive.
     """
     packed = directory_in_archive(root, [*(cifar.directory for cifar in CIFARS), STL])
-    origins = [_find_idx_files(root), *(find_cifar(root, packed, cifar) for cifar in CIFARS), _find_stl(root, packed)]
+    if packed == STL:
+        raise DataError(f"{root}: STL-10 packed; unpack it first, as with `tar -xf {root}`, and give {STL}/")
+    origins = [_find_idx_files(root), *(find_cifar(root, packed, cifar) for cifar in CIFARS), _find_stl(root)]
     found = [origin for origin in origins if origin is not None]
     if len(found) > 1:
         listed = "; ".join(origin.description for origin in found)
@@ -97,11 +97,8 @@ def _load_idx(images_path: Path, labels_path: Path, names: tuple[str, ...]) -> I
 def _read_idx(path: Path, dimensions: int) -> np.ndarray:
     """A uint8 array with `dimensions` dimensions."""
     data = read_file(path)
-    try:
-        if path.suffix == ".gz":
-            data = gzip.decompress(data)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: damaged gzip file ({error}); get it again") from None
+    if path.suffix == ".gz":
+        data = unpack(path, data)
     start = 4 + 4 * dimensions
     if len(data) < start or data[:4] != bytes([0, 0, 8, dimensions]):
         raise DataError(f"{path}: not an IDX file of bytes in {dimensions} dimensions; get it again")
@@ -115,32 +112,26 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
 # --- STL-10 ----------------------------------------------------------------------------------------------------------
 
 
-def _find_stl(root: Path, packed: str) -> Origin | None:
-    files = find_files(root, packed, STL, "class_names.txt", [images for images, _, _ in STL_SPLITS.values()])
+def _find_stl(root: Path) -> Origin | None:
+    files = find_files(root, "", STL, "class_names.txt", [images for images, _, _ in STL_SPLITS.values()])
     if files is None:
         return None
     splits = [split for split, (images, _, _) in STL_SPLITS.items() if holds_any(files, [images])]
-    return Origin(f"STL-10 in {files.place}", {split: partial(load_stl, files, split) for split in splits})
+    return Origin(f"STL-10 in {files.place}", {split: partial(load_stl, files.place, split) for split in splits})
 
 
-def load_stl(files: Files, split: str) -> ImageSet:
+def load_stl(directory: Path, split: str) -> ImageSet:
     """Raises DataError."""
     images_file, labels_file, published = STL_SPLITS[split]
-    path = files.path(images_file)
-    wanted = [*filter(None, [labels_file]), "class_names.txt"]
-    if files.inside:
-        content = read_files(files, [images_file, *wanted])
-        pixels = np.frombuffer(content[images_file], np.uint8)
-    else:
-        content = read_files(files, wanted)
-        pixels = _map_file(path)
+    path, names_path = directory / images_file, directory / "class_names.txt"
+    classes = lines_of(read_file(names_path), names_path)
+    pixels = _map_file(path)
     check_size(len(pixels), STL_PIXELS, published, path)
     count = len(pixels) // STL_PIXELS
-    classes = lines_of(content["class_names.txt"], files.path("class_names.txt"))
     labels = np.full(count, -1, np.int64)
     if labels_file is not None:
-        labels = np.frombuffer(content[labels_file], np.uint8).astype(np.int64) - 1
-        check_labels(labels, classes, files.path(labels_file))
+        labels = np.frombuffer(read_file(directory / labels_file), np.uint8).astype(np.int64) - 1
+        check_labels(labels, classes, directory / labels_file)
     if len(labels) != count:
         raise DataError(
             f"{path}: {len(pixels):,} bytes, expected {len(labels) * STL_PIXELS:,} for {len(labels):,} labels"
@@ -149,9 +140,8 @@ def load_stl(files: Files, split: str) -> ImageSet:
         pixels.reshape(-1, 3, 96, 96).transpose(0, 3, 2, 1),  # each colour is stored column by column
         labels,
         classes,
-        [Holder(files.holder(images_file), images_file, count)],
-        # a checksum would read all that is mapped
-        identity=checksum(pixels, labels) if files.inside else f"{stamp_of(path)}-{checksum(labels)}",
+        [Holder(path, images_file, count)],
+        identity=f"{stamp_of(path)}-{checksum(labels)}",  # a checksum of the pixels would read all that is mapped
         notes=not_as_published(images_file, count, published),
     )
 

@@ -8,9 +8,9 @@ from typing import Any
 import yaml
 
 from ressl.batch import DataError
+from tools.image_sets.words import LABELS
 
 IMAGE_NAMES = ("image", "img", "jpg")
-LABEL_NAMES = ("label", "labels", "fine_label", "cls")
 MAX_NOTE = 1 << 20  # bytes of a file that describes the data
 
 Features = dict[str, tuple[str, ...] | None]  # column -> None: images; otherwise labels, and the names of the classes
@@ -39,24 +39,41 @@ def noted_features(schema: Any, places: tuple[Path, ...], config: str) -> Featur
 
 
 def choose_columns(schema: Any, features: Features, path: Path) -> Columns:
-    """Of a pyarrow.Schema. Raises DataError that names the columns where none can be chosen."""
+    """Of a pyarrow.Schema. Raises DataError that names the columns where none can be chosen, and where one that is
+    named like labels holds something else."""
     types = {field.name: field.type for field in schema}
-    images = byte_columns(schema)
-    noted = [name for name in images if name in features and features[name] is None]
-    named = [name for name in IMAGE_NAMES if name in (noted or images)]
-    if not named and len(noted) != 1:
+    chosen = image_column(schema, features)
+    if not chosen:
         listed = ", ".join(f"{name} ({kind})" for name, kind in types.items())
         raise DataError(
             f"{path}: no telling which column holds the images: {listed}; "
             f"name it {IMAGE_NAMES[0]}, and let it hold the bytes of image files"
         )
-    labels = [name for name, kind in types.items() if _holds_labels(kind)]
-    classes = {name: names for name in labels if (names := features.get(name)) is not None}
-    label = next((name for name in LABEL_NAMES if name in (classes or labels)), None)
+    holders = [name for name, kind in types.items() if _holds_labels(kind)]
+    classes = {name: names for name in holders if (names := features.get(name)) is not None}
+    by_word = {name.lower(): name for name in reversed(classes or types) if name != chosen}
+    label = next((by_word[word] for word in LABELS if word in by_word), None)
+    if label is not None and label not in holders:
+        raise DataError(
+            f"{path}: its column {label!r} holds {types[label]}, and no numbers or names of classes; convert it to "
+            "those, or give it another name to leave the images without labels"
+        )
     if label is None and len(classes) == 1:
         (label,) = classes
-    note = f"no labels taken: there are several: {', '.join(classes)}" if label is None and classes else ""
-    return Columns((named or noted)[0], label, classes.get(label, ()) if label else (), note)
+    note = ""
+    if label is None:
+        several = f"there are several: {', '.join(classes)}"
+        none = f"no column is named {', '.join(LABELS)}"
+        note = f"no labels taken: {several if classes else none}"
+    return Columns(chosen, label, classes.get(label, ()) if label else (), note)
+
+
+def image_column(schema: Any, features: Features) -> str:
+    """The one that is noted or named as such; empty where there is none."""
+    images = byte_columns(schema)
+    noted = [name for name in images if name in features and features[name] is None]
+    named = [name for name in IMAGE_NAMES if name in (noted or images)]
+    return named[0] if named else noted[0] if len(noted) == 1 else ""
 
 
 def byte_columns(schema: Any) -> list[str]:
@@ -75,7 +92,10 @@ def _holds_bytes(kind: Any) -> bool:
 def _holds_labels(kind: Any) -> bool:
     from pyarrow import types
 
-    return types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind)
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    numbers = (types.is_integer, types.is_floating, types.is_boolean)
+    return any(holds(kind) for holds in (*numbers, types.is_string, types.is_large_string, types.is_string_view))
 
 
 def _in_json(features: object) -> Features:

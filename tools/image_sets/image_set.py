@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+TORCHVISION = "torchvision:"  # how a source begins that torchvision knows by name: `torchvision:NAME[:ROOT]`
+TORCHVISION_ROOT = "data/torchvision"
+
 
 @dataclass(frozen=True, slots=True)
 class ImageSet:

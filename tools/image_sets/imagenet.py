@@ -19,8 +19,9 @@ import numpy as np
 
 from pipelines.images import BadImage, read_file
 from ressl.batch import DataError
+from tools.image_sets.array_files import is_file
 from tools.image_sets.image_set import ImageSet, Origin
-from tools.image_sets.label_list import LabelList, number_labels, parse_label_list, tell
+from tools.image_sets.label_list import UNKNOWN, LabelList, number_labels, parse_label_list, tell
 from tools.image_sets.layouts import class_set, listed_set, unlabelled_set
 from tools.image_sets.members import PLAIN, Members, clean_name, join
 from tools.image_sets.tar_members import is_tar, list_inner_tar, list_tar
@@ -37,9 +38,10 @@ KAGGLE_IMAGES = "ILSVRC/Data/CLS-LOC"
 VAL_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 TEST_IMAGE = re.compile(r"ILSVRC2012_test_(\d{8})\.JPEG")
 CLASS_ARCHIVE = re.compile(r"n\d{8}\.tar")
+WNID = re.compile(r"n\d{8}")
+PEEKED = 8  # members of a tar file that tell whether it is one of ours
 LISTERS = 8  # threads that list inner archives: they wait for the disk more than for each other
 MAX_PART = 1 << 28  # bytes of a file of the kit
-UNKNOWN = "-1"  # for a label
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,7 @@ class _Truth:
     words: str  # for the description
     listed: LabelList  # its labels are names of classes, or UNKNOWN
     classes: tuple[str, ...]  # all that it knows, in their order
+    whole: bool = True  # whether all images of val have to be in it
 
 
 def find_imagenet(root: Path, labels: Path | None) -> Origin | None:
@@ -57,8 +60,9 @@ def find_imagenet(root: Path, labels: Path | None) -> Origin | None:
     Raises DataError where one is damaged, and where val has no labels: it says which file to put where.
     """
     if root.is_dir():
-        train, val = _file(root / TRAIN), _file(root / VAL)
-        test = next((path for name in TESTS if (path := _file(root / name))), None)
+        there = {name: root / name for name in (TRAIN, VAL, *TESTS) if is_file(root / name)}
+        train, val = there.get(TRAIN), there.get(VAL)
+        test = next((there[name] for name in TESTS if name in there), None)
         place = f"ImageNet's archives in {root}"
     else:
         role = _role(root)
@@ -101,23 +105,24 @@ def find_kaggle(tree: Tree) -> Origin | None:
     return Origin(f"ImageNet as Kaggle packs it, in {tree.kind} {tree.place}: {words}", dict(sets))
 
 
-def _file(path: Path) -> Path | None:
-    try:
-        return path if path.is_file() else None
-    except OSError:  # a directory that may not be searched
-        return None
-
-
 def _role(path: Path) -> str | None:
-    """train, val or test, by the first member of a tar file; None for any other file."""
+    """train, val or test, by the first members of a tar file; None for any other file.
+
+    Images of val that lie in directories of classes, or have labels beside them, are no archive of ImageNet's own.
+    """
     if not is_tar(path):
         return None
     if path.name == TRAIN:
         return "train"
-    name = next((PurePosixPath(name).name for name in list_tar(path, limit=1).names), "")
-    if VAL_IMAGE.fullmatch(name):
-        return "val"
-    return "test" if TEST_IMAGE.fullmatch(name) else "train" if CLASS_ARCHIVE.fullmatch(name) else None
+    names = [PurePosixPath(name) for name in list_tar(path, limit=PEEKED).names]
+    if not names:
+        return None
+    sorted_out = any(WNID.fullmatch(part) for name in names for part in name.parts[:-1])
+    if not sorted_out and all(name.suffix not in (".cls", ".json") for name in names):
+        for role, image in (("val", VAL_IMAGE), ("test", TEST_IMAGE)):
+            if image.fullmatch(names[0].name):
+                return role
+    return "train" if CLASS_ARCHIVE.fullmatch(names[0].name) else None
 
 
 # --- the archives ----------------------------------------------------------------------------------------------------
@@ -155,7 +160,17 @@ def _list_class(outer: Members, name: str, member: int) -> Members:
 
 def _load_val(val: Path, truth: _Truth, classes: tuple[str, ...]) -> ImageSet:
     tree = member_tree("tar file", val, list_tar(val))
-    return listed_set(tree, tree.images(""), truth.listed, _numbers(truth.listed, classes), classes)
+    return _val_set(tree, "", truth.listed, classes, truth.whole)
+
+
+def _val_set(tree: Tree, directory: str, listed: LabelList, classes: tuple[str, ...], whole: bool) -> ImageSet:
+    listing = tree.images(directory)
+    if whole and len(listing.names) > len(listed.paths):
+        raise DataError(
+            f"{listed.file}: {len(listed.paths):,} labels for the {len(listing.names):,} images in "
+            f"{beside(tree.place, directory) if directory else tree.place}; get it again"
+        )
+    return listed_set(tree, listing, listed, _numbers(listed, classes), classes)
 
 
 def _numbers(listed: LabelList, classes: tuple[str, ...]) -> np.ndarray:
@@ -173,7 +188,7 @@ def _load_test(test: Path, classes: tuple[str, ...]) -> ImageSet:
 
 def _load_kaggle_val(tree: Tree, val: str, classes: tuple[str, ...]) -> ImageSet:
     listed = parse_label_list(f"{tree.place}/{KAGGLE}", tree.text(KAGGLE) or "", _is_val_image)
-    return listed_set(tree, tree.images(val), listed, _numbers(listed, classes), classes)
+    return _val_set(tree, val, listed, classes, whole=True)
 
 
 def _is_val_image(name: str) -> bool:
@@ -194,7 +209,7 @@ def _find_truth(val: Path, labels: Path | None, train_classes: tuple[str, ...]) 
     if kit.is_dir():
         return _kit_truth(kit, *(_read_part(kit / part) for part in (GROUND_TRUTH, META)))
     if (kaggle := val.parent / KAGGLE).is_file():
-        return replace(_given_truth(kaggle, train_classes), words=f"the labels of {KAGGLE}")
+        return replace(_given_truth(kaggle, train_classes), words=f"the labels of {KAGGLE}", whole=True)
     alone = "" if not train_classes else f"; or give {val.parent / TRAIN} to convert train alone"
     raise DataError(
         f"{val}: the labels of its images are missing: put {KIT}.tar.gz, the development kit from the same place, or "
@@ -214,7 +229,7 @@ def _given_truth(path: Path, train_classes: tuple[str, ...]) -> _Truth:
             )
         numbers, classes = np.array([int(label) for label in listed.labels]), train_classes
     names = tuple(classes[number] if number >= 0 else UNKNOWN for number in numbers.tolist())
-    return _Truth(f"the labels of {path}", replace(listed, labels=names), classes)
+    return _Truth(f"the labels of {path}", replace(listed, labels=names), classes, whole=False)
 
 
 def _kit_truth(kit: Path, ground_truth: bytes, meta: bytes) -> _Truth:

@@ -12,10 +12,10 @@ from pipelines.images import IMAGE_SUFFIXES
 from ressl.batch import DataError
 from tools.image_sets.members import clean_name
 from tools.image_sets.tree import Listing
+from tools.image_sets.words import LABELS, PATHS
 
-PATH_WORDS = ("path", "file", "filename", "file_name", "filepath", "image", "image_id", "imageid", "img", "name", "id")
-LABEL_WORDS = ("label", "labels", "class", "class_name", "class_id", "category", "target", "predictionstring", "y")
 BOXES = "predictionstring"  # Kaggle's ImageNet: a class and a box, again and again
+UNKNOWN = "-1"  # for a label
 TOLD = 5  # problems that are told in full
 
 
@@ -26,23 +26,26 @@ class LabelList:
     file: str  # for messages
     paths: tuple[str, ...]  # (N,) as `clean_name` leaves them
     labels: tuple[str, ...]  # (N,) as they are written
+    notes: tuple[str, ...] = ()  # what the user should know
 
 
 def parse_label_list(file: str, text: str, knows: Callable[[str], bool]) -> LabelList:
-    """Reads lines of a path and a label, separated by commas, tabs, or blanks, with or without a header.
+    """Reads lines of a path and a label, separated by tabs, commas, semicolons, or blanks, with or without a header.
 
     A header is a first line with words for both, such as `path,label`, which also tell the columns; or one whose path
-    has no suffix of an image and is not known, while the second line's has or is. Where no header tells, the first two
-    columns count. Raises DataError, which tells all problems at once.
+    is no name of an image and is not known, while the second line's has or is, and whose label is no other line's.
+    Where no header tells, the first two columns count, of which one holds the images. Raises DataError, which tells
+    all problems at once.
     """
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise DataError(f"{file}: holds no labels; each line should have a path and a label")
     rows, problems = _split(lines)
-    width, columns, is_header, boxes = _columns([row for _, row in rows[:2]], knows)
+    found = _columns([row for _, row in rows], knows)
+    width, columns, boxes = found.width, (found.path, found.label), found.boxes
     paths: dict[str, int] = {}
     labels: list[str] = []
-    for number, row in rows[is_header:]:
+    for number, row in rows[found.header :]:
         fields = [field.strip() for field in row]
         if len(fields) != width or not all(fields[column] for column in columns):
             problems.append((number, f"expected a path and a label in {width} columns, got {','.join(row)[:60]!r}"))
@@ -57,14 +60,15 @@ def parse_label_list(file: str, text: str, knows: Callable[[str], bool]) -> Labe
         raise DataError(f"{file}: {tell([f'line {number}: {problem}' for number, problem in sorted(problems)])}")
     if not labels:
         raise DataError(f"{file}: holds no labels behind its header; each line should have a path and a label")
-    return LabelList(file, tuple(paths), tuple(labels))
+    guessed = [row for _, row in rows[: found.guessed]]
+    notes = tuple(f"{file}: its first line is taken for a header: {','.join(row)}" for row in guessed)
+    return LabelList(file, tuple(paths), tuple(labels), notes)
 
 
 def number_labels(labels: tuple[str, ...]) -> tuple[np.ndarray, tuple[str, ...], tuple[str, ...]]:
     """(N,) int64 numbers, the names of the classes, and notes for the user.
 
-    Integers from 0 on without a gap are kept, -1 among them too: it means unknown. All else are names, numbered in
-    their order.
+    Integers from 0 on without a gap are kept. All else are names, numbered in their order. -1 means unknown.
     """
     if all(re.fullmatch(r"-?\d{1,18}", label) for label in labels):
         numbers = np.array([int(label) for label in labels], np.int64)
@@ -77,8 +81,8 @@ def number_labels(labels: tuple[str, ...]) -> tuple[np.ndarray, tuple[str, ...],
         )
         anew = np.searchsorted(known, numbers)
         return np.where(numbers == -1, -1, anew), classes, (note,)
-    classes = tuple(sorted(set(labels)))
-    number = {name: i for i, name in enumerate(classes)}
+    classes = tuple(sorted(set(labels) - {UNKNOWN}))
+    number = {name: i for i, name in enumerate(classes)} | {UNKNOWN: -1}
     return np.array([number[label] for label in labels], np.int64), classes, ()
 
 
@@ -86,12 +90,17 @@ def find_listed(listing: Listing, listed: LabelList, place: str) -> np.ndarray:
     """(N,) int64, where the listing has each path of the list; -1 where it has not.
 
     A path counts from the top, or from the directory that holds everything; or it is absolute, in `place`. One without
-    a suffix of an image may leave out that of the file.
+    a suffix of an image may leave out that of the file. Raises DataError where two files are what is left.
     """
     place_of = {name: i for i, name in enumerate(listing.names)}
     stems: dict[str, int] = {}
+    several: dict[int, int] = {}  # of two files with one stem, the later one -> the earlier
     if not all(path.lower().endswith(IMAGE_SUFFIXES) for path in listed.paths):
-        stems = {name.rpartition(".")[0]: i for i, name in enumerate(listing.names)}
+        for i, name in enumerate(listing.names):
+            stem = name.rpartition(".")[0]
+            if stem in stems:
+                several[i] = stems[stem]
+            stems[stem] = i
     tops = {name.partition("/")[0] for name in (*listing.names[:1], *listing.names[-1:])}
     top = tops.pop() + "/" if len(tops) == 1 else ""  # as names are sorted, the one of all
     absolute = clean_name(str(Path(place).absolute())) + "/"
@@ -99,6 +108,9 @@ def find_listed(listing: Listing, listed: LabelList, place: str) -> np.ndarray:
     for i, path in enumerate(listed.paths):
         for name in (path, top + path, path.removeprefix(absolute)):
             at = place_of.get(name, stems.get(name, -1))
+            if at in several and name not in place_of:
+                both = f"{listing.names[several[at]]} and {listing.names[at]}"
+                raise DataError(f"{listed.file}: {path} may be {both}; write the suffixes too")
             if at >= 0:
                 found[i] = at
                 break
@@ -114,12 +126,16 @@ def tell(problems: Sequence[str]) -> str:
 def _split(lines: list[tuple[int, str]]) -> tuple[list[tuple[int, list[str]]], list[tuple[int, str]]]:
     """Rows and problems, each with the number of its line. The first line tells what separates the columns."""
     first = lines[0][1]
-    separator = "\t" if "\t" in first else "," if "," in first else None
+    separator = "\t" if "\t" in first else next((mark for mark in first if mark in ",;"), None)
     rows: list[tuple[int, list[str]]] = []
     problems: list[tuple[int, str]] = []
     for number, line in lines:
         if separator is None:
-            rows.append((number, line.rsplit(None, 1)))
+            row = line.rsplit(None, 1)
+            if len(row) == 2 and _is_image(line.split(None, 1)[0]) and not _is_image(row[0]):
+                problems.append((number, f"several words behind {line.split()[0]}; separate the columns by commas"))
+            else:
+                rows.append((number, row))
         elif '"' not in line:
             rows.append((number, line.split(separator)))
         else:
@@ -130,16 +146,35 @@ def _split(lines: list[tuple[int, str]]) -> tuple[list[tuple[int, list[str]]], l
     return rows, problems
 
 
-def _columns(rows: list[list[str]], knows: Callable[[str], bool]) -> tuple[int, tuple[int, int], bool, bool]:
-    """How many columns there are, which hold path and label, whether the first row is a header, and whether its labels
-    have boxes behind them."""
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    width: int
+    path: int
+    label: int
+    header: bool = False  # whether the first row is one
+    guessed: bool = False  # the header, by no word
+    boxes: bool = False  # behind each label
+
+
+def _columns(rows: list[list[str]], knows: Callable[[str], bool]) -> _Columns:
     if not rows:
-        return 2, (0, 1), False, False
+        return _Columns(2, 0, 1)
+    images = [[_is_image(cell) or knows(clean_name(cell.strip())) for cell in row] for row in rows[:2]]
+    first, second = images[0], images[1] if len(images) > 1 else []
     words = [word.strip().lower() for word in rows[0]]
-    path = next((i for i, word in enumerate(words) if word in PATH_WORDS), None)
-    label = next((i for i, word in enumerate(words) if word in LABEL_WORDS), None)
-    if path is not None and label is not None:
-        return len(words), (path, label), True, words[label] == BOXES
-    firsts = [clean_name(row[0].strip()) for row in rows]
-    images = [name.lower().endswith(IMAGE_SUFFIXES) or knows(name) for name in firsts]
-    return max(len(words), 2), (0, 1), images == [False, True], False
+    label = next((words.index(word) for word in (*LABELS, BOXES) if word in words), None)
+    if label is not None:
+        paths = [words.index(word) for word in PATHS if word in words]
+        # of columns such as id and filename the one with the images, whatever it is called
+        paths = [i for i in (*paths, *range(len(words))) if i != label and second[i : i + 1] == [True]] or paths
+        if paths and (words[paths[0]] in PATHS or not first[paths[0]]):
+            return _Columns(len(words), paths[0], label, header=True, boxes=words[label] == BOXES)
+    if all(row == [False, True] for row in images):
+        return _Columns(2, 1, 0)
+    others = {row[1].strip().lower() for row in rows[1:] if len(row) > 1}
+    guessed = not first[0] and second[:1] == [True] and words[1:2] != [] and words[1] not in others
+    return _Columns(max(len(words), 2), 0, 1, header=guessed, guessed=guessed)
+
+
+def _is_image(name: str) -> bool:
+    return name.strip().lower().endswith(IMAGE_SUFFIXES)

@@ -3,6 +3,7 @@
 The same in a directory, a tar file and a zip.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,36 +15,47 @@ from ressl.batch import DataError
 from tools.image_sets.image_set import ImageSet, Origin
 from tools.image_sets.label_list import LabelList, find_listed, number_labels, parse_label_list
 from tools.image_sets.tree import Listing, Tree, beside, read_text
+from tools.image_sets.words import by_split, split_in, split_of
 
-VAL_NAMES = ("val", "valid", "test")  # the first that is there is the split `val`
 MAX_WRAPPERS = 4  # directories around everything, each the only one in another
 WNIDS = "wnids.txt"  # of TinyImageNet: its classes
 ANNOTATIONS = "val_annotations.txt"  # of TinyImageNet: file, class and box of each image of val
 
 
 def lay_out(tree: Tree) -> Origin:
-    """TinyImageNet; train/ and val/ (or valid/, test/) of class directories; or one set, of class directories or flat.
+    """TinyImageNet; directories of splits, train/ and val/ under any of their names, of class directories or flat; or
+    one set, of class directories or flat.
 
-    A directory that holds everything is entered. Raises DataError.
+    Where there is no val/, test/ is the split `val`. A directory that holds everything is entered. Raises DataError
+    where a directory of a split lies beside others that are none, as these could be classes.
     """
     top = _enter(tree)
     directories = tree.directories(top)
     place = f"{tree.kind} {tree.place}" + f", inside {top}/" * bool(top)
     if "train" in directories and tree.text(beside(top, WNIDS)) is not None:
         return _lay_out_tiny_imagenet(tree, top, directories, place)
-    val = next((name for name in VAL_NAMES if name in directories), None)
-    if "train" not in directories or (val is None and len(directories) > 1):
+    named = by_split(f"{tree.place}/{top}".rstrip("/"), directories)
+    if not named:
         count = f"{len(directories):,} class director{'ies' if len(directories) > 1 else 'y'}"
         found = f"{place}, {count if directories else 'no class directories'}"
         return Origin(found, {"train": partial(class_set, tree, top)})
-    train = _enter_split(tree, beside(top, "train"))
-    sets = {"train": partial(class_set, tree, train)}
-    if val is not None:
-        sets["val"] = partial(_class_set_as_in, tree, _enter_split(tree, beside(top, val)), train)
-    others = [name for name in directories if name not in ("train", val)]
+    if "val" not in named and "test" in named:
+        named["val"] = named.pop("test")
+    used = {split: named[split] for split in ("train", "val") if split in named}
+    others = [name for name in directories if name not in used.values()]
+    if others and len(used) == 1 and any(not split_of(name) for name in others):
+        (name,) = used.values()
+        raise DataError(
+            f"{tree.place}: {name}/ is named like a split, but what is beside it is not: {_first(others)}; for this "
+            f"split alone {_give(tree, beside(top, name))}; if all are classes, move all into a directory named train"
+        )
+    entered = {split: _enter_split(tree, beside(top, name)) for split, name in used.items()}
+    sets: dict[str, Callable[[], ImageSet]] = {split: partial(class_set, tree, base) for split, base in entered.items()}
+    if len(entered) == 2:
+        sets["val"] = partial(_class_set_as_in, tree, entered["val"], entered["train"])
     unused = f"; not used: {', '.join(others[:5])}" if others else ""
-    listed = "train from train/" + f", val from {val}/" * (val is not None)
-    return Origin(f"{place}, {listed}{unused}", dict(sets))
+    listed = ", ".join(f"{split} from {name}/" for split, name in used.items())
+    return Origin(f"{place}, {listed}{unused}", sets)
 
 
 def lay_out_listed(tree: Tree, labels: Path) -> Origin:
@@ -77,16 +89,18 @@ def class_set(tree: Tree, base: str, known: tuple[str, ...] | None = None, whose
     if known is not None:
         unknown = sorted(set(classes) - set(known))
         if unknown:
-            listed = ", ".join(unknown[:5]) + ", ..." * (len(unknown) > 5)
-            raise DataError(f"{place}: classes that {whose} does not have: {listed}; make the directories match")
+            raise DataError(
+                f"{place}: classes that {whose} does not have: {_first(unknown)}; make the directories match"
+            )
         number = {name: i for i, name in enumerate(known)}
         labels = np.array([number[name] for name in classes], np.int64)[labels]
     counts = np.bincount(labels, minlength=len(known or classes))
     empty = [name for name, count in zip(known or classes, counts, strict=True) if count == 0]
     notes = _ignored_notes(ignored)
     if empty:
-        listed = ", ".join(empty[:5]) + ", ..." * (len(empty) > 5)
-        notes = (*notes, f"classes without images, which keep their numbers: {listed}")
+        notes = (*notes, f"classes without images, which keep their numbers: {_first(empty)}")
+    if known is None and np.count_nonzero(counts) == 1:
+        notes = (*notes, *_one_class_notes(tree, base, classes[int(counts.argmax())]))
     return _set_of(tree, listing, keep, labels, known or classes, notes)
 
 
@@ -106,9 +120,11 @@ def listed_set(
     """
     found = find_listed(listing, listed, tree.place)
     if (found < 0).all():
+        holds = f"an image there is {listing.names[0]}" if listing.names else "there are no images"
         raise DataError(
             f"{listed.file}: none of the {len(found):,} files that it lists is an image in {tree.place}; the first is "
-            f"{listed.paths[0]}; write the paths as they are from there on"
+            f"{listed.paths[0]}, and {holds}; write the paths as they are there, in the first column, or in one that a "
+            "header `path,label` names"
         )
     there = found[found >= 0]
     if len(np.unique(there)) < len(there):
@@ -119,7 +135,7 @@ def listed_set(
     order = np.array(sorted(range(len(names)), key=list(map(in_parts, names)).__getitem__), np.int64)
     names = list(map(names.__getitem__, order.tolist()))
     rest = len(listing.names) - len(there)
-    notes = (f"{rest:,} images that {listed.file} does not list are left out",) if rest else ()
+    notes = (*listed.notes, f"{rest:,} images that {listed.file} does not list are left out") if rest else listed.notes
     missing = int((found < 0).sum())
     if missing:
         notes = (*notes, f"{missing:,} files that {listed.file} lists are not there")
@@ -159,6 +175,21 @@ def _set_of(
     )
 
 
+def _one_class_notes(tree: Tree, base: str, name: str) -> tuple[str, ...]:
+    inside, note = beside(base, name), f"all images are in one class, {name}"
+    if any(tree.images(beside(inside, deeper)).names for deeper in tree.directories(inside)):
+        return (f"{note}: if its sub-directories are the classes, {_give(tree, inside)}",)
+    return (note,) if len(tree.directories(base)) > 1 else ()
+
+
+def _give(tree: Tree, directory: str) -> str:
+    return f"unpack it and give {directory}" if tree.identity else f"give {tree.place}/{directory}"
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + ", ..." * (len(names) > 5)
+
+
 def _ignored_notes(ignored: dict[str, int]) -> tuple[str, ...]:
     return (f"ignored {describe_ignored(ignored)}",) if ignored else ()
 
@@ -188,7 +219,7 @@ def _enter(tree: Tree) -> str:
     here = ""
     for _ in range(MAX_WRAPPERS):
         inside = tree.directories(here)
-        if len(inside) != 1 or inside[0] == "train":
+        if len(inside) != 1 or split_of(inside[0]):
             break
         below = beside(here, inside[0])
         if not tree.directories(below) or tree.images_in(here).names or tree.images_in(below).names:
@@ -198,9 +229,13 @@ def _enter(tree: Tree) -> str:
 
 
 def _enter_split(tree: Tree, base: str) -> str:
-    """`train/train/` for `train/`, as where the archive train.zip holds train/."""
-    name = base.rpartition("/")[2]
-    return beside(base, name) if tree.directories(base) == (name,) else base
+    """`train/train/` for `train/`, as where the archive train.zip holds train/, or my_train.zip my_train/."""
+    inside = tree.directories(base)
+    split = split_in(base.rpartition("/")[2])
+    if len(inside) != 1 or split_in(inside[0]) != split or tree.images_in(base).names:
+        return base
+    below = beside(base, inside[0])
+    return below if split_of(inside[0]) or tree.directories(below) else base
 
 
 # --- TinyImageNet ----------------------------------------------------------------------------------------------------

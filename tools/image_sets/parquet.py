@@ -5,11 +5,11 @@ the images comes from the features that are noted with the data, or from the col
 """
 
 import json
+import math
 import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,17 +17,17 @@ from typing import Any
 import numpy as np
 
 from ressl.batch import DataError
-from tools.image_sets.array_files import is_file, read_file, stamp_of
-from tools.image_sets.features import Columns, byte_columns, choose_columns, noted_features
+from tools.image_sets.array_files import is_file, read_file
+from tools.image_sets.features import Columns, byte_columns, choose_columns, image_column, noted_features
 from tools.image_sets.image_set import ImageSet, Origin
+from tools.image_sets.members import stamp_of
 from tools.image_sets.table_rows import RowReader, Rows, inspect, is_parquet, read_column
+from tools.image_sets.tree import directory_tree
+from tools.image_sets.words import split_in, split_of
 
 MAX_DIRECTORIES = 32  # in which configurations are looked for
 MAX_CLASSES = 1_000_000
-SPLIT_WORDS = re.compile(r"(?:^|[^a-z])(training|train|validation|valid|val|dev|test)(?:[^a-z]|$)")
 SHARD = re.compile(r"([A-Za-z0-9_.-]+?)-(\d{5})-of-(\d{5})(?:-[0-9a-f]+)?")
-SAME_SPLIT = {name: name for name in ("train", "val", "test")} | {"training": "train"}
-SAME_SPLIT |= dict.fromkeys(("validation", "valid", "dev"), "val")
 CHUNK_BYTES = 32 << 20  # of images, about, in one task
 MAPPED_CHUNK = 64  # images of a mapped file in one task
 LARGE_GROUP = 512 << 20  # bytes
@@ -38,15 +38,16 @@ Splits = dict[str, tuple[Path, ...]]
 def find_parquet(root: Path) -> Origin | None:
     """The data set in the directory `root`, or in the one Parquet file `root`.
 
-    None where there is none, or where its first file has no column of bytes, as a list beside images. Raises DataError
-    where a file is missing or damaged, where there are several configurations, and where pyarrow is missing.
+    None where there is none, or where its first file is a list beside images: without a column of bytes, or without one
+    that is noted or named as images where there are image files. Raises DataError where a file is missing or damaged,
+    where there are several configurations, and where pyarrow is missing.
     """
     saved = _find_saved(root)
     found, config, unused = (saved, "", ()) if saved else _find_parquet_files(root)
     if not found:
         return None
     _require_pyarrow(root)
-    if not saved and not byte_columns(inspect(next(iter(found.values()))[0])[0]):
+    if not saved and _is_list(root, next(iter(found.values()))[0], config):
         return None
     splits = _rename_splits(root, found)
     listed = ", ".join(f"{split} from {len(paths):,} file{'s' * (len(paths) != 1)}" for split, paths in splits.items())
@@ -55,6 +56,14 @@ def find_parquet(root: Path) -> Origin | None:
     kind = "Arrow" if saved else "Parquet"
     sets = {split: partial(_load_split, root, config, splits, split) for split in splits}
     return Origin(f"{kind} files in {place}: {listed}{left}", dict(sets))
+
+
+def _is_list(root: Path, path: Path, config: str) -> bool:
+    schema, _ = inspect(path)
+    if not byte_columns(schema):
+        return True
+    known = image_column(schema, noted_features(schema, (root, path.parent), config))
+    return not known and root.is_dir() and bool(directory_tree(root).images("").names)
 
 
 def _require_pyarrow(root: Path) -> None:
@@ -98,39 +107,40 @@ def _find_parquet_files(root: Path) -> tuple[Splits, str, tuple[str, ...]]:
     if root.suffix.lower() == ".parquet" and is_file(root):
         return {_split_of(root.name) or "train": (root,)}, "", ()
     by_config: dict[str, list[str]] = {}
-    for relative in _list_parquet(root):
-        parts = [part for part in PurePosixPath(relative).parts[:-1] if part != "data" and not _split_of(part)]
+    relatives, unseen = _list_parquet(root)
+    for relative in relatives:
+        parts = [part for part in PurePosixPath(relative).parts[:-1] if part != "data" and not split_in(part)]
         by_config.setdefault("/".join(parts), []).append(relative)
+    left = (f"{unseen:,} further directories, which were not looked into",) if unseen else ()
     if len(by_config) > 1:
         configs = sorted(by_config)
-        listed = ", ".join(name or "(the directory itself)" for name in configs[:10]) + ", ..." * (len(configs) > 10)
+        named = [name or "(the directory itself)" for name in configs]
+        listed = ", ".join([*named[:10], *["..."] * (len(configs) > 10), *left])
         raise DataError(f"{root}: Parquet files of several configurations: {listed}; give one, as {root / configs[-1]}")
     if not by_config:
         return {}, "", ()
-    ((config, relatives),) = by_config.items()
+    ((config, chosen),) = by_config.items()
     splits: dict[str, list[str]] = {}
-    for relative in relatives:
+    for relative in chosen:
         splits.setdefault(_split_of(relative), []).append(relative)
     unnamed = splits.pop("", [])
     if not splits:
         splits, unnamed = {"train": unnamed}, []
     for names in splits.values():
         _check_complete(root, names)
-    return {split: tuple(root / name for name in names) for split, names in splits.items()}, config, tuple(unnamed)
+    return {split: tuple(root / name for name in names) for split, names in splits.items()}, config, (*unnamed, *left)
 
 
-def _list_parquet(root: Path) -> Iterator[str]:
-    """Sorted within each directory: those in `root`, one level down, and in directories of splits two levels down.
-
-    Directories of images can be huge: not many are looked into.
-    """
-    files, directories = _entries(root)
-    yield from files
+def _list_parquet(root: Path) -> tuple[list[str], int]:
+    """Sorted within each directory: those in `root`, one level down, and in directories of splits two levels down; and
+    how many directories were not looked into, as those of images can be huge."""
+    found, directories = _entries(root)
     for name in directories[:MAX_DIRECTORIES]:
         inner, deeper = _entries(root / name)
-        yield from (f"{name}/{file}" for file in inner)
-        for split in (directory for directory in deeper if directory == "data" or _split_of(directory)):
-            yield from (f"{name}/{split}/{file}" for file in _entries(root / name / split)[0])
+        found += [f"{name}/{file}" for file in inner]
+        for split in (directory for directory in deeper if directory == "data" or split_in(directory)):
+            found += [f"{name}/{split}/{file}" for file in _entries(root / name / split)[0]]
+    return found, max(0, len(directories) - MAX_DIRECTORIES)
 
 
 def _entries(directory: Path) -> tuple[list[str], list[str]]:
@@ -157,15 +167,11 @@ def _is_directory(entry: os.DirEntry[str]) -> bool:
 
 
 def _split_of(relative: str) -> str:
-    """By a word in the file's name, its name before `-00000-of-00001`, or a word in its directory; empty: by none."""
+    """By the words in the file's name, its name before `-00000-of-00001`, or the words in its directory; empty: by
+    none."""
     path = PurePosixPath(relative.lower())
-    stem = path.name.removesuffix(".parquet")
-    if word := SPLIT_WORDS.search(stem):
-        return word[1]
-    if shard := SHARD.fullmatch(stem):
-        return shard[1]
-    word = SPLIT_WORDS.search(path.parent.name)
-    return word[1] if word else ""
+    shard = SHARD.fullmatch(path.stem)
+    return split_in(path.stem) or (shard[1] if shard else split_in(path.parent.name))
 
 
 def _check_complete(root: Path, relatives: list[str]) -> None:
@@ -187,8 +193,10 @@ def _rename_splits(root: Path, found: Splits) -> Splits:
     splits: Splits = {}
     for name, paths in found.items():
         _check_split_name(root, name)
-        ours = SAME_SPLIT.get(name.lower(), name)
-        splits[ours] = (*splits.get(ours, ()), *paths)
+        ours = split_of(name) or name
+        if ours in splits:
+            raise DataError(f"{root}: {name} is the split {ours}, which is there under another name too; give one")
+        splits[ours] = paths
     if "val" not in splits and "test" in splits:
         splits["val"] = splits.pop("test")
     order = ["train", "val", *sorted(splits.keys() - {"train", "val"})]
@@ -256,7 +264,9 @@ def _load_labels(splits: Splits, split: str, columns: Columns, total: int) -> tu
     path = splits[split][0]
     labels = [label for file in splits[split] for label in read_column(file, columns.label)]
     others = [] if columns.names else [file for name in splits if name != split for file in splits[name]]
-    known = set(labels).union(*(read_column(file, columns.label) for file in others)) - {None}
+    labels = [_whole(label) for label in labels]
+    elsewhere = {_whole(label) for file in others for label in read_column(file, columns.label)}
+    known = {*labels, *elsewhere} - {None}
     if known and all(isinstance(label, str) for label in known):
         classes = tuple(sorted(known))
         numbers = {label: number for number, label in enumerate(classes)} | {None: -1}
@@ -267,6 +277,13 @@ def _load_labels(splits: Splits, split: str, columns: Columns, total: int) -> tu
         raise DataError(f"{path}: label {wrong!r} in column {columns.label!r}, expected numbers below {limit:,}")
     classes = columns.names or tuple(map(str, range(max(known, default=-1) + 1)))
     return np.array([-1 if label is None else label for label in labels], np.int64), classes
+
+
+def _whole(label: Any) -> Any:
+    """Numbers with a fraction of nothing, as columns with gaps have them, as integers; None for one that is missing."""
+    if not isinstance(label, float):
+        return int(label) if isinstance(label, bool) else label
+    return None if math.isnan(label) else int(label) if label.is_integer() else label
 
 
 def _chunk(groups: list[Rows]) -> int:

@@ -22,7 +22,7 @@ BLOCK = 512  # bytes; everything starts at a multiple of it
 ZEROS = bytes(BLOCK)
 END_MARK = 2 * BLOCK  # bytes of zeros
 ANY_PADDING = 1 << 16  # bytes of zeros behind the end mark that need no reason
-MAX_RECORD = 1 << 24  # bytes: some tar files are padded to a multiple of what a tape took at once
+RECORDS = tuple(BLOCK << i for i in range(16))  # bytes, up to 16 MiB: to a multiple of one of them tapes are padded
 MAX_HEADER = 1 << 20  # bytes of a long name or of pax records
 FILE, DIRECTORY, GNU_DIRECTORY, HARD_LINK = b"0\x007", b"5", b"D", b"1"
 WITHOUT_DATA = b"123456"  # types whose size counts no data behind the header
@@ -48,9 +48,6 @@ class _Next:
     link: bytes | None = None
     size: int | None = None
     sparse: bool = False
-
-
-NOTHING = _Next()
 
 
 def list_tar(path: Path, limit: int | None = None) -> Members:
@@ -116,7 +113,7 @@ def _table(path: Path, stamp: tuple[int, int], found: _Found) -> Members:
 def _scan(descriptor: int, where: str, span: tuple[int, int], *, inner: bool, limit: int | None) -> _Found:
     """`span`: first byte and end of the tar file. An `inner` one may do without an end mark: its size is known."""
     at, end = span
-    found, ahead = _Found(), _Next()
+    found, ahead, is_ahead = _Found(), _Next(), False
     while limit is None or len(found.names) < limit:
         header = os.pread(descriptor, min(BLOCK, end - at), at) if at < end else b""
         if header == ZEROS or (inner and at == end):
@@ -143,16 +140,17 @@ def _scan(descriptor: int, where: str, span: tuple[int, int], *, inner: bool, li
         if kind in b"xXLKg":
             if kind != b"g":
                 _read_ahead(ahead, kind, _small_part(descriptor, data, size, where))
+                is_ahead = True
             continue
-        _add(found, header, ahead, data, size)
-        if ahead != NOTHING:
-            ahead = _Next()
+        _add(found, header, ahead, kind, data, size)
+        if is_ahead:
+            ahead, is_ahead = _Next(), False
     _follow_links(found)
     return found
 
 
-def _add(found: _Found, header: bytes, ahead: _Next, data: int, size: int) -> None:
-    kind, raw = header[156:157], ahead.name or _name(header)
+def _add(found: _Found, header: bytes, ahead: _Next, kind: bytes, data: int, size: int) -> None:
+    raw = ahead.name or _name(header)
     name = clean_name(raw.decode("utf-8", "surrogateescape"))
     if kind in (DIRECTORY, GNU_DIRECTORY) or (kind in FILE and raw.endswith(b"/")):
         found.directories.append(name.rstrip("/"))
@@ -182,13 +180,12 @@ def _follow_links(found: _Found) -> None:
 def _check_padding(descriptor: int, where: str, span: tuple[int, int], at: int) -> None:
     """What follows an end mark at byte `at` has to be zeros, and no more of them than a writer adds.
 
-    A download to which its whole size was given before it was finished has zeros where data are missing. The most that
-    is read is MAX_RECORD.
+    A download to which its whole size was given before it was finished has zeros where data are missing. What is longer
+    than any padding is not read.
     """
     start, end = span
     rest = end - at
-    records = (BLOCK << i for i in range(MAX_RECORD.bit_length()) if BLOCK << i <= MAX_RECORD)
-    whole = rest <= ANY_PADDING or any(rest <= n + END_MARK and (end - start) % n == 0 for n in records)
+    whole = rest <= ANY_PADDING or any(rest <= n + END_MARK and (end - start) % n == 0 for n in RECORDS)
     padding = os.pread(descriptor, rest, at) if whole else b""
     if padding.count(0) < len(padding) or not whole:
         behind = len(padding) - len(padding.lstrip(b"\0"))

@@ -15,9 +15,10 @@ from PIL import PpmImagePlugin
 from pipelines.headers import read_regular
 from pipelines.images import MAX_PIXELS, BadImage, read_image
 from ressl.batch import DataError
-from tools.image_sets.array_files import Files, Holder, array_set, checksum, stamp_of
+from tools.image_sets.array_files import Holder, array_set, checksum
 from tools.image_sets.arrays import STL, load_stl
-from tools.image_sets.image_set import ImageSet, Origin
+from tools.image_sets.image_set import TORCHVISION_ROOT, ImageSet, Origin
+from tools.image_sets.members import stamp_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,28 +77,29 @@ KNOWN = {
 }
 
 
-def open_torchvision(source: str) -> Origin:
-    """`torchvision:NAME[:ROOT]`. `val` is torchvision's val, or its test where it has no other. Raises DataError."""
+def open_torchvision(source: str, download: bool = True) -> Origin:
+    """`torchvision:NAME[:ROOT]`. `val` is torchvision's val, or its test where it has no other. What is not there is
+    downloaded when it is loaded, unless `download` is False. Raises DataError."""
     name, _, given = source.removeprefix("torchvision:").partition(":")
     if name not in KNOWN:
         raise DataError(f"{source}: no such data set; known are {', '.join(KNOWN)}")
     try:
-        root = Path(given or "data/torchvision").expanduser()
+        root = Path(given or TORCHVISION_ROOT).expanduser()
     except RuntimeError as error:
         raise DataError(f"{source}: {error}; give the whole path") from None
-    sets = {split: partial(_load, name, root, split) for split in KNOWN[name].splits}
+    sets = {split: partial(_load, name, root, split, download) for split in KNOWN[name].splits}
     return Origin(f"torchvision's {name} in {root}", dict(sets))
 
 
-def _load(name: str, root: Path, split: str) -> ImageSet:
+def _load(name: str, root: Path, split: str, may_download: bool) -> ImageSet:
     from torchvision import datasets  # slow to import, and needed by nothing else here
 
     known = KNOWN[name]
     maker = getattr(datasets, known.maker or name)
-    download: dict[str, Any] = {"download": True} if known.downloads else {}
+    download: dict[str, Any] = {"download": may_download} if known.downloads else {}
     if name == "STL10":
         _ask(name, root, lambda: maker(root, split="test", **download))  # downloads all, and looks at the checksums
-        return load_stl(Files(root / STL), split)
+        return load_stl(root / STL, split)
     # so that an item is the path of an image
     loader: dict[str, Any] = {"loader": os.fspath} if "loader" in inspect.signature(maker).parameters else {}
     data = _ask(name, root, lambda: maker(root, **known.splits[split], **download, **loader))

@@ -3,10 +3,11 @@
 import stat
 from array import array
 from bisect import bisect_left, bisect_right
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,10 @@ from pipelines.images import (
 from ressl.batch import DataError
 from tools.image_sets.members import REPLACED, UNREADABLE, MemberFiles, Members, join, stamp_of
 from tools.image_sets.tar_members import is_tar, list_tar
+from tools.image_sets.words import split_in, split_of
 from tools.image_sets.zip_members import is_zip, list_zip
 
 MAX_TEXT = 1 << 28  # bytes of a file that is read as text
-SPLITS = ("train", "val", "valid", "test")
 NOT_OURS = ("__MACOSX",)  # a directory that a Mac puts into its zip files, full of hidden files
 
 
@@ -63,13 +64,17 @@ def beside(directory: str, name: str) -> str:
 
 
 def directory_tree(root: Path) -> Tree:
-    """Nothing is listed before it is asked for, and no file is opened or stat-ed; links are followed, loops are not."""
+    """Nothing is listed before it is asked for, nor twice, and no file is opened or stat-ed; links are followed, loops
+    are not."""
+    directories = cache(partial(_disk_directories, root))
+    images_in = cache(partial(_list_directory, root, deep=False))
+    deep = cache(partial(_list_directory, root, deep=True))
     return Tree(
         kind="image folder",
         place=str(root),
-        directories=partial(_disk_directories, root),
-        images=partial(_list_directory, root, deep=True),
-        images_in=partial(_list_directory, root, deep=False),
+        directories=directories,
+        images=lambda directory: deep(directory) if directories(directory) else images_in(directory),
+        images_in=images_in,
         text=partial(_text_file, root),
     )
 
@@ -104,17 +109,29 @@ def _text_file(root: Path, name: str) -> str | None:
 
 
 def read_text(path: Path) -> str:
-    """A file of text in UTF-8, line feeds and a byte order mark as they come; other bytes as surrogates, as in names
-    of files. Raises DataError."""
+    """A file of text as `decode_text` reads it. Raises DataError."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # before opening, as that would wait for whoever writes to a FIFO
             raise DataError(f"{path}: not a regular file; give a file of text")
         if status.st_size > MAX_TEXT:
             raise DataError(f"{path}: {status.st_size:,} bytes, over the limit of {MAX_TEXT:,} for a file of text")
-        return path.read_bytes().decode("utf-8-sig", "surrogateescape")
+        return decode_text(str(path), path.read_bytes())
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from None
+
+
+def decode_text(file: str, data: bytes) -> str:
+    """UTF-8, line feeds as they come, other bytes as surrogates, as in names of files; or UTF-16 behind its byte order
+    mark. Raises DataError."""
+    try:
+        if data.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+            return data.decode("utf-16")
+    except UnicodeDecodeError:
+        raise DataError(f"{file}: damaged text in UTF-16; save it again, in UTF-8") from None
+    if b"\0" in data:
+        raise DataError(f"{file}: no text in UTF-8, as there are zero bytes in it; save it again, in UTF-8")
+    return data.decode("utf-8-sig", "surrogateescape")
 
 
 # --- in archives -----------------------------------------------------------------------------------------------------
@@ -130,15 +147,25 @@ def list_archive(path: Path) -> Members | None:
 def merge_archives(archives: dict[Path, Members]) -> Members:
     """The members of several archives under one top.
 
-    One that is named after a split, or that has no directories, becomes a directory named after it; the directories of
-    all others come together. So `train.zip` and `val.zip` are two splits, a tar file for each class are classes, and a
-    set that was packed in parts is whole again.
+    One that is named after a split becomes a directory of that name, one without directories a directory named after
+    it; the directories of all others come together. So `train.zip` and `val.zip` are two splits, and so are `my_train`
+    and `my_validation` where every archive has such a word in its name; a tar file for each class are classes; and a
+    set that was packed in parts is whole again. Raises DataError where only some have such a word.
     """
+    words = {path: split_in(path.stem) for path in archives}
     parts = []
     for path, members in archives.items():
-        if path.stem in SPLITS or not any("/" in name for name in members.names):
-            names = tuple(f"{path.stem}/{name}" for name in members.names)
-            directories = (path.stem, *(f"{path.stem}/{name}" for name in members.directories))
+        flat = not any("/" in name for name in members.names)
+        top = words[path] if all(words.values()) else split_of(path.stem) or (path.stem if flat else "")
+        if words[path] and not top:
+            other = next(path for path, word in words.items() if not word)
+            raise DataError(
+                f"{path}: by its name the split {words[path]}, but {other.name} beside it is named after none; give "
+                "one of them, or move the others elsewhere"
+            )
+        if top:
+            names = tuple(f"{top}/{name}" for name in members.names)
+            directories = (top, *(f"{top}/{name}" for name in members.directories))
             members = replace(members, names=names, directories=directories)
         parts.append(members)
     return join(parts)
@@ -161,12 +188,23 @@ class _Sorted:
 
 
 def member_tree(kind: str, place: Path, members: Members) -> Tree:
-    """Where two members have one name the later one counts, as if the archive had been unpacked."""
+    """Where two members have one name the later one counts, as if the archive had been unpacked.
+
+    Raises DataError for an image that is in two archives under one name.
+    """
     order = sorted(range(len(members.names)), key=list(map(in_parts, members.names)).__getitem__)
     names = tuple(map(members.names.__getitem__, order))
     numbers = np.array(order, np.int64)
     kinds = members.kind[numbers]
-    kinds[[i for i in range(len(names) - 1) if names[i] == names[i + 1]]] = REPLACED
+    twice = [i for i in range(len(names) - 1) if names[i] == names[i + 1]]
+    kinds[twice] = REPLACED
+    for i in twice:
+        first, second = (members.archives[members.archive[numbers[at]]] for at in (i, i + 1))
+        if first != second and names[i].lower().endswith(IMAGE_SUFFIXES) and "/." not in f"/{names[i]}":
+            raise DataError(
+                f"{first}: {names[i]} is in {second.name} too, so they are no parts of one set; give one of them, or "
+                "unpack each into a directory of its own"
+            )
     files = MemberFiles(replace(members, names=()))  # these here are the ones that count
     found = _Sorted(names, numbers, kinds.tobytes(), files)
     return Tree(
@@ -241,7 +279,8 @@ def _member_text(found: _Sorted, name: str) -> str | None:
     if i < 0 or found.names[i] != name or found.kinds[i] in UNREADABLE:
         return None
     member = int(found.numbers[i])
+    file = f"{found.files.members.archives[found.files.members.archive[member]]}: {name}"
     try:
-        return found.files.read(member).decode("utf-8-sig", "surrogateescape")
+        return decode_text(file, found.files.read(member))
     except BadImage as bad:
-        raise DataError(f"{found.files.members.archives[found.files.members.archive[member]]}: {name}: {bad}") from None
+        raise DataError(f"{file}: {bad}") from None

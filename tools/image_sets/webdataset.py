@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.images import IMAGE_SUFFIXES, NO_SUFFIX, describe_ignored
+from pipelines.images import IMAGE_SUFFIXES, NO_SUFFIX, class_directories, describe_ignored
 from pipelines.manifest import NAME as MANIFEST
 from pipelines.manifest import classes_of
 from pipelines.shards import INDEX
@@ -24,44 +24,61 @@ from tools.image_sets.label_list import tell
 from tools.image_sets.members import UNREADABLE, MemberFiles, Members, join, stamp_of
 from tools.image_sets.tar_members import is_tar, list_tar
 from tools.image_sets.tree import identity_of
+from tools.image_sets.words import LABEL_KEYS, by_split, split_in
 
 IMAGE_PARTS = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
 LABEL_PARTS = ("cls", "json")  # the first that is there counts
-LABEL_KEYS = ("label", "cls")  # in a .json
-SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 MAX_LABEL = 1_000_000  # classes: without a manifest each number up to the highest gets a name
 PEEKED = 64  # members of the first shard that tell what it is
 LISTERS = 8  # threads that list shards: they wait for the disk more than for each other
-NUMBERED = re.compile(r".*[-_.]\d+|\d{4,}")  # a shard's name without .tar; not that of a class
+NUMBERED = re.compile(r".*[-_.]\d{3,}|\d{4,}")  # a shard's name without .tar; not that of a class
+COUNTED = re.compile(r".*[-_.]\d+")  # which may be either
 
 
 def find_webdataset(root: Path) -> Origin | None:
     """The shards that `root` is, or holds, or holds in a directory for each split, as `convert` writes them.
 
-    None where there are none. Raises DataError.
+    None where there are none. Raises DataError, also where shards of splits lie beside others.
     """
-    splits = _splits(root)
-    first = next(iter(splits.values()), ())
-    if not first or not _is_shard(first[0], numbered=all(NUMBERED.fullmatch(path.stem) for path in first)):
+    direct = _tars(root) if root.is_dir() else (root,) if is_tar(root) else ()
+    below, unused = ({}, []) if direct else _in_directories(root)
+    first = direct or next(iter(below.values()), ())
+    if not first or not _are_shards(first):
         return None
+    splits = below or ({"train": direct} if direct == (root,) else _by_name(root, direct))
     words = [f"{split} from {_words(root, shards)}" for split, shards in splits.items()]
+    left = f"; not used: {', '.join(unused[:5])}" if unused else ""
     return Origin(
-        f"WebDataset shards in {root}: {', '.join(words)}",
+        f"WebDataset shards in {root}: {', '.join(words)}{left}",
         {split: partial(_load, root, shards) for split, shards in splits.items()},
     )
 
 
-def _splits(root: Path) -> dict[str, tuple[Path, ...]]:
-    """Split -> its shards, in the order of their names."""
-    if root.is_file():
-        return {"train": (root,)} if is_tar(root) else {}
-    shards = _tars(root)
-    if not shards:
-        found = {split: _tars(root / split) for split in ("train", "val", "test")}
-        return {split: tars for split, tars in found.items() if tars}
-    named = {path: _split_in_name(path.stem) for path in shards}
-    if not all(named.values()):
+Shards = dict[str, tuple[Path, ...]]  # split -> its shards, in the order of their names
+
+
+def _in_directories(root: Path) -> tuple[Shards, list[str]]:
+    """Those in directories named after splits, and the other directories that hold tar files."""
+    if not root.is_dir():
+        return {}, []
+    directories = class_directories(root)
+    named = by_split(str(root), directories)
+    found = {split: tars for split, name in named.items() if (tars := _tars(root / name))}
+    others = [name for name in directories if name not in named.values()] if found else []
+    return found, [name for name in others if _tars(root / name)]
+
+
+def _by_name(root: Path, shards: tuple[Path, ...]) -> Shards:
+    """By the words in their names; all for train where none has one. Raises DataError where only some have."""
+    named = {path: split_in(path.stem) for path in shards}
+    without = [path.name for path in shards if not named[path]]
+    if len(without) == len(shards):
         return {"train": shards}
+    if without:
+        raise DataError(
+            f"{root}: {len(without):,} of {len(shards):,} shards are named after no split, as {without[0]}, and others "
+            "are; move each split into a directory of its own, and give the one that is wanted"
+        )
     found = {split: tuple(path for path in shards if named[path] == split) for split in ("train", "val", "test")}
     return {split: tars for split, tars in found.items() if tars}
 
@@ -73,24 +90,19 @@ def _tars(directory: Path) -> tuple[Path, ...]:
         raise DataError(f"{directory}: cannot be listed: {error.strerror}") from None
 
 
-def _split_in_name(stem: str) -> str | None:
-    """`val` for imagenet1k-validation-07."""
-    words = [word for word in re.split(r"[-_.]", stem.lower()) if word in SPLIT_WORDS]
-    return SPLIT_WORDS[words[0]] if len(words) == 1 else None
-
-
 def _words(root: Path, shards: tuple[Path, ...]) -> str:
     if len(shards) == 1:
         return shards[0].relative_to(root).as_posix() if shards[0] != root else root.name
     return f"{len(shards):,} shards, {shards[0].relative_to(root).as_posix()} ... {shards[-1].name}"
 
 
-def _is_shard(path: Path, numbered: bool) -> bool:
-    """Whether labels lie beside images under the same key; or, where shards are `numbered`, images with nothing above.
+def _are_shards(paths: tuple[Path, ...]) -> bool:
+    """Whether in the first one labels lie beside images under the same key; or all are numbered, with images on top.
 
-    A .json in a directory may be anything: it counts where it holds a label.
+    A .json in a directory may be anything: it counts where it holds a label. Raises DataError where small numbers do
+    not tell shards without labels from classes.
     """
-    members = list_tar(path, limit=PEEKED)
+    members = list_tar(paths[0], limit=PEEKED)
     parts: dict[str, dict[str, int]] = {}
     for i, name in enumerate(members.names):
         key, part = _split_name(name)
@@ -100,12 +112,26 @@ def _is_shard(path: Path, numbered: bool) -> bool:
     if any("cls" in found for found in with_images):
         return True
     first = next((found["json"] for found in with_images if "json" in found), None)
+    if first is None and flat and with_images:
+        return _are_numbered(paths)
     if first is None or flat:
-        return flat and bool(with_images) and (numbered or first is not None)
+        return flat and bool(with_images)
     try:
         return _label(MemberFiles(members).read(first), "json") >= 0
     except ValueError:  # BadImage too
         return False
+
+
+def _are_numbered(paths: tuple[Path, ...]) -> bool:
+    if all(NUMBERED.fullmatch(path.stem) for path in paths):
+        return True
+    if len(paths) > 1 and all(COUNTED.fullmatch(path.stem) for path in paths):
+        first, last, stem = paths[0], paths[-1], paths[0].stem.rstrip("0123456789")
+        raise DataError(
+            f"{first.parent}: {first.name} ... {last.name} hold images without labels, and may be classes or shards of "
+            f"one set: for shards number them as {stem}00000.tar; for classes unpack each into a directory of its own"
+        )
+    return False
 
 
 def _split_name(name: str) -> tuple[str, str]:
@@ -118,11 +144,12 @@ def _split_name(name: str) -> tuple[str, str]:
 def _load(root: Path, shards: tuple[Path, ...]) -> ImageSet:
     with ThreadPoolExecutor(LISTERS, thread_name_prefix="list") as pool:
         members = join(list(pool.map(list_tar, shards)))
-    images, label_at, ignored = _group(members)
+    images, label_at, alone, ignored = _group(members)
     place = root if len(shards) > 1 else shards[0]
     if not len(images):
         found = f"only {describe_ignored(ignored)}" if ignored else "there are no files at all"
         raise DataError(f"{place}: no images found (looked for {' '.join(IMAGE_SUFFIXES)}): {found}")
+    _check_adjacent(members, images[label_at < 0], alone)
     files = MemberFiles(members)
     labels = _read_labels(files, label_at)
     directory = shards[0].parent
@@ -130,6 +157,10 @@ def _load(root: Path, shards: tuple[Path, ...]) -> ImageSet:
     highest = int(labels.max())
     if classes and highest >= len(classes):
         raise DataError(f"{place}: label {highest}, but {directory.parent / MANIFEST} names {len(classes)} classes")
+
+    notes = (f"ignored {describe_ignored(ignored)}",) if ignored else ()
+    if highest < 0 and len(shards) > 1:
+        notes = (*notes, "no labels in them: if each is a class, unpack each into a directory of its own")
 
     def name(i: int) -> str:
         return f"{members.archives[members.archive[images[i]]].name}/{members.names[images[i]]}"
@@ -141,13 +172,14 @@ def _load(root: Path, shards: tuple[Path, ...]) -> ImageSet:
         read=lambda i: files.read(int(images[i])),
         stamp=lambda i: stamp_of(members.archives[members.archive[images[i]]]),
         identity=identity_of(members),
-        notes=(f"ignored {describe_ignored(ignored)}",) if ignored else (),
+        notes=notes,
     )
 
 
-def _group(members: Members) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
-    """(N,) int64 the member of each sample's image, (N,) int64 that of its label or -1, and the members left out."""
-    images, labels, ignored = array("q"), array("q"), Counter[str]()
+def _group(members: Members) -> tuple[np.ndarray, np.ndarray, list[int], dict[str, int]]:
+    """(N,) int64 the member of each sample's image, (N,) int64 that of its label or -1, the labels that follow no image
+    and precede none, and the members left out."""
+    images, labels, alone, ignored = array("q"), array("q"), list[int](), Counter[str]()
     archive, kinds = members.archive.tolist(), members.kind.tolist()
     before: tuple[str, int] = ("", -1)
     sample: dict[str, int] = {}
@@ -158,6 +190,8 @@ def _group(members: Members) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
         if image is not None:
             images.append(image)
             labels.append(label)
+        elif label >= 0:
+            alone.append(label)
         for part, member in sample.items():
             if member != image and (image is None or part not in LABEL_PARTS):
                 ignored[f".{part}" if part else NO_SUFFIX] += 1
@@ -172,7 +206,18 @@ def _group(members: Members) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
             before, sample = (key, archive[i]), {}
         sample[part] = i
     close()
-    return np.array(images, np.int64), np.array(labels, np.int64), dict(sorted(ignored.items()))
+    return np.array(images, np.int64), np.array(labels, np.int64), alone, dict(sorted(ignored.items()))
+
+
+def _check_adjacent(members: Members, unlabelled: np.ndarray, alone: list[int]) -> None:
+    """Raises DataError where the label of an image lies elsewhere, and would be lost."""
+    keys = {_split_name(members.names[i])[0] for i in unlabelled.tolist()} if alone else set()
+    for i in alone:
+        if _split_name(members.names[i])[0] in keys:
+            raise DataError(
+                f"{members.archives[members.archive[i]]}: {members.names[i]} is not right beside its image, where the "
+                "parts of a sample have to be; write the shards again, sorted by name"
+            )
 
 
 def _read_labels(files: MemberFiles, label_at: np.ndarray) -> np.ndarray:
@@ -202,7 +247,7 @@ def _label(data: bytes, part: str) -> int:
         except (ValueError, RecursionError):
             raise ValueError("not JSON") from None
         found = [value[key] for key in LABEL_KEYS if key in value] if isinstance(value, dict) else []
-        value = found[0] if found else -1
+        value = -1 if not found or found[0] is None else found[0]
     if isinstance(value, str) and re.fullmatch(r"-?\d{1,9}", value):
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or not -1 <= value < MAX_LABEL:

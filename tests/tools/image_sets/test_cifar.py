@@ -224,6 +224,18 @@ def test_damaged_archives_are_refused(tmp_path):
         find_arrays(pack(tmp_path, "cifar-10-batches-bin")).sets["train"]()
 
 
+def test_an_archive_too_large_for_memory_is_to_be_unpacked(tmp_path, monkeypatch):
+    write_cifar(tmp_path, "cifar-10-batches-py")
+    archive = pack(tmp_path, "cifar-10-batches-py")
+    origin = find_arrays(archive)
+    monkeypatch.setattr("tools.image_sets.array_files.MAX_UNPACKED", archive.stat().st_size)
+    with pytest.raises(DataError, match="unpack it first and give the directory"):
+        origin.sets["train"]()  # it is packed below the limit, and above it unpacked
+    monkeypatch.setattr("tools.image_sets.array_files.MAX_UNPACKED", archive.stat().st_size - 1)
+    with pytest.raises(DataError, match="unpack it first and give the directory"):
+        find_arrays(archive)
+
+
 def test_reading_an_archive_writes_nothing(tmp_path):
     write_cifar(tmp_path / "made", "cifar-10-batches-py")
     archive = pack(tmp_path / "made", "cifar-10-batches-py").rename(tmp_path / "any name.tgz")

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -35,19 +36,41 @@ def test_of_several_noted_columns_the_usual_names_are_taken():
 
 
 @pytest.mark.parametrize("image", ["image", "img", "jpg"])
-@pytest.mark.parametrize("label", ["label", "labels", "fine_label", "cls"])
+@pytest.mark.parametrize("label", ["label", "Labels", "fine_label", "cls", "category", "target"])
 @pytest.mark.parametrize("kind", [STRUCT, BYTES, pa.large_binary()])
-@pytest.mark.parametrize("number", [NUMBER, pa.uint8(), pa.string()])
+@pytest.mark.parametrize(
+    "number",
+    [
+        NUMBER,
+        pa.uint8(),
+        pa.float64(),
+        pa.bool_(),
+        pa.string(),
+        pa.string_view(),
+        pa.dictionary(pa.int8(), pa.string()),
+    ],
+)
 def test_columns_are_chosen_by_their_names_where_nothing_is_noted(image, label, kind, number):
     schema = schema_of(**{"id": BYTES, image: kind, "coarse_label": NUMBER, label: number})
     assert choose(schema) == Columns(image, label)
 
 
-def test_columns_of_other_types_are_not_taken_for_images_or_labels():
-    schema = schema_of(image=pa.string(), jpg=BYTES, label=pa.float32(), cls=NUMBER)
+def test_columns_of_other_types_are_not_taken_for_images():
+    schema = schema_of(image=pa.string(), jpg=BYTES, cls=NUMBER)
     assert byte_columns(schema) == ["jpg"]
     assert choose(schema) == Columns("jpg", "cls")
-    assert choose(schema_of(jpg=BYTES)) == Columns("jpg", None)
+
+
+@pytest.mark.parametrize("kind", [pa.list_(NUMBER), pa.timestamp("s"), pa.dictionary(pa.int8(), BYTES), STRUCT])
+def test_a_label_column_of_another_type_is_refused_by_name_and_type(kind):
+    with pytest.raises(DataError, match=rf"its column 'Label' holds {re.escape(str(kind))}, and no numbers or names"):
+        choose(schema_of(image=BYTES, Label=kind, cls=NUMBER))
+
+
+def test_without_a_label_column_its_names_are_told():
+    chosen = choose(schema_of(jpg=BYTES, kind=NUMBER))
+    assert (chosen.image, chosen.label) == ("jpg", None)
+    assert chosen.note.startswith("no labels taken: no column is named label, labels, ")
 
 
 def test_columns_that_cannot_be_chosen_are_listed():

@@ -303,12 +303,44 @@ def test_without_scipy_its_name_is_told(downloads, monkeypatch):
 def test_an_archive_that_changes_has_another_identity(downloads):
     before = detect(str(downloads)).sets["val"]().identity
     assert before.startswith("ILSVRC2012_img_val.tar ")
-    files = val_files() | {"ILSVRC2012_val_00000007.JPEG": b"more"}
+    files = val_files() | {"ILSVRC2012_val_00000006.JPEG": b"other" * 9999}
     (downloads / "ILSVRC2012_img_val.tar").write_bytes(tar_bytes(files))
     val = detect(str(downloads)).sets["val"]()
     assert val.identity != before
-    assert "1 images that" in val.notes[0]
-    assert "does not list are left out" in val.notes[0]
+
+
+@pytest.mark.parametrize("kaggle", [False, True])
+def test_a_ground_truth_that_is_shorter_than_val_is_refused(downloads, kaggle):
+    if kaggle:
+        (downloads / f"{KIT}.tar.gz").unlink()
+        (downloads / "LOC_val_solution.csv").write_text(KAGGLE)
+    files = val_files() | {"ILSVRC2012_val_00000007.JPEG": b"more"}
+    (downloads / "ILSVRC2012_img_val.tar").write_bytes(tar_bytes(files))
+    with pytest.raises(DataError, match=r"6 labels for the 7 images in .*ILSVRC2012_img_val\.tar; get it again"):
+        detect(str(downloads)).sets["val"]()
+
+
+def test_a_users_list_may_name_some_images_of_val(downloads, tmp_path):
+    (tmp_path / "val.txt").write_text(f"ILSVRC2012_val_00000002.JPEG {WNIDS[3]}\n")
+    val = detect(str(downloads), tmp_path / "val.txt").sets["val"]()
+    assert summary(val) == {"ILSVRC2012_val_00000002.JPEG": (WNIDS[3], b"val 2")}
+    assert "5 images that" in val.notes[0]
+
+
+@pytest.mark.parametrize("top", ["", "val/"])
+def test_val_that_was_sorted_into_classes_is_a_tree_of_classes(tmp_path, top):
+    files = {f"{top}{wnid}/{name}": data for (name, (wnid, data)) in expected_val().items()}
+    (tmp_path / "sorted.tar").write_bytes(tar_bytes(files))
+    images = next(iter(detect(str(tmp_path / "sorted.tar")).sets.values()))()
+    assert {name.split("/")[-1]: value for name, value in summary(images).items()} == expected_val()
+
+
+def test_shards_with_the_names_of_val_need_no_kit(tmp_path):
+    parts = {}
+    for number, (name, data) in enumerate(val_files().items()):
+        parts |= {name: data, name.replace("JPEG", "cls"): str(number).encode()}
+    (tmp_path / "val-000.tar").write_bytes(tar_bytes(parts))
+    assert detect(str(tmp_path / "val-000.tar")).sets["train"]().labels.tolist() == list(range(len(TRUTH)))
 
 
 def test_kaggles_zip_is_read_as_it_is(tmp_path):

@@ -77,7 +77,7 @@ def test_class_directories_are_classes_numbered_by_name(write):
     assert list(origin.sets) == ["train"]
     assert origin.description.endswith("4 class directories")
     assert images.labels.dtype == np.int64
-    assert images.chunk == 16
+    assert images.chunk == 64
 
 
 def test_a_directory_is_listed_as_the_folder_source_lists_it(tmp_path):
@@ -147,6 +147,24 @@ def test_a_directory_around_class_directories_is_entered(write):
 
 def test_one_class_is_not_entered(write):
     assert summary(detect(write("cat/1.jpg", "cat/2.jpg")).sets["train"]()) == {"cat/1.jpg": "cat", "cat/2.jpg": "cat"}
+
+
+@pytest.mark.parametrize("inside", ["cat/1.jpg", "2.jpg"])
+def test_all_images_in_one_class_are_told(write, inside):
+    source = write(f"train/images/{inside}", f"train/images/x{inside}", "train/annotations/1.xml")
+    note = "all images are in one class, images"
+    if "/" in inside:
+        place = "unpack it and give " if Path(source).suffix else f"give {source}/"
+        note += f": if its sub-directories are the classes, {place}train/images"
+    assert detect(source).sets["train"]().notes[-1] == note
+
+
+def test_archives_beside_directories_are_named(tmp_path):
+    write_directory(tmp_path / "src", {"logs/plot.png": b"1"})
+    write_tar(tmp_path / "src" / "train.tar", {"a/1.jpg": b"1"})
+    assert detect(str(tmp_path / "src")).description == (
+        f"image folder (not used: train.tar) {tmp_path}/src, 1 class directory"
+    )
 
 
 def test_images_of_an_archive_that_are_damaged_are_bad_images(tmp_path):

@@ -5,8 +5,9 @@ import tarfile
 import numpy as np
 import pytest
 
+from pipelines.images import BadImage
 from ressl.batch import DataError
-from tools.image_sets.members import DEVICE, LINK, PLAIN, SPARSE, MemberFiles, join
+from tools.image_sets.members import BROKEN_LINK, DEVICE, LINK, PLAIN, SPARSE, MemberFiles, join
 from tools.image_sets.tar_members import is_tar, list_inner_tar, list_tar
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -54,8 +55,73 @@ def test_directories_links_and_devices_are_told_apart(tmp_path):
     members = list_tar(tmp_path / "a.tar")
     assert members.directories == ("d",)
     assert dict(zip(members.names, members.kind.tolist(), strict=True)) == {
-        "soft.jpg": LINK, "hard.jpg": LINK, "fifo.jpg": DEVICE, "null.jpg": DEVICE, "file.jpg": PLAIN, "old.jpg": PLAIN,
+        "soft.jpg": LINK, "hard.jpg": BROKEN_LINK, "fifo.jpg": DEVICE, "null.jpg": DEVICE, "file.jpg": PLAIN,
+        "old.jpg": PLAIN,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("tar_format", FORMATS.values(), ids=FORMATS)
+def test_a_hard_link_is_another_name_for_what_is_before_it(tmp_path, tar_format):
+    long = "long/" * (40 if tar_format != tarfile.USTAR_FORMAT else 10) + "a.jpg"
+    with tarfile.open(tmp_path / "a.tar", "w", format=tar_format) as tar:
+        for name, data in (("./b.jpg", b"old"), (long, b"a" * 700), ("./b.jpg", b"b")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+        for name, target in (("1.jpg", long), ("2.jpg", "1.jpg"), ("3.jpg", "./b.jpg"), ("4.jpg", "gone.jpg")):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = tarfile.LNKTYPE, target
+            tar.addfile(member)
+    members = list_tar(tmp_path / "a.tar")
+    files, place = MemberFiles(members), {name: i for i, name in enumerate(members.names)}
+    assert [files.read(place[f"{i}.jpg"]) for i in (1, 2, 3)] == [b"a" * 700, b"a" * 700, b"b"]
+    with pytest.raises(BadImage, match="a hard link to a file that is not before it in the tar file"):
+        files.read(place["4.jpg"])
+
+
+def test_a_file_whose_name_ends_in_a_slash_is_a_directory_as_in_the_oldest_archives(tmp_path):
+    header = bytearray(tarfile.TarInfo("cats").tobuf(tarfile.USTAR_FORMAT))
+    header[:8] = b"./cats/\0"
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    (tmp_path / "a.tar").write_bytes(bytes(header) + bytes(1024))
+    assert (list_tar(tmp_path / "a.tar").directories, list_tar(tmp_path / "a.tar").names) == (("cats",), ())
+
+
+def test_what_follows_the_end_mark_is_refused(tmp_path):
+    whole = write_tar(tmp_path / "a.tar", {"a.jpg": b"a" * 700}).read_bytes()
+    end = whole.rstrip(b"\0").rfind(b"a") + 1
+    mark = end + -end % 512
+    preallocated = whole[:mark] + bytes(99_999)
+    for data, message in [
+        (whole + whole, f"something else at byte {len(whole):,}, behind tar's end mark at byte {mark:,}: two archives"),
+        (whole[: mark + 512] + whole, "something else at byte"),
+        (preallocated, "bytes more, behind tar's end mark at byte .*a download that is not finished; get it again"),
+        (preallocated + whole, "bytes more, behind tar's end mark"),
+        (bytes(1_000_448), "1,000,448 bytes more, behind tar's end mark at byte 0"),
+    ]:
+        (tmp_path / "b.tar").write_bytes(data)
+        with pytest.raises(DataError, match=rf"b\.tar: .*{message}"):
+            list_tar(tmp_path / "b.tar")
+    outer = list_tar(write_tar(tmp_path / "outer.tar", {"x.tar": whole + whole}))
+    with pytest.raises(DataError, match=r"outer\.tar: x\.tar: something else at byte"):
+        list_inner_tar(outer, 0, str)
+
+
+@pytest.mark.parametrize("blocks", [2, 20, 63, 128, 2048, 32768])
+def test_zeros_up_to_a_tapes_record_are_padding(tmp_path, blocks):
+    data = write_tar(tmp_path / "a.tar", {"a.jpg": b"a" * 700}).read_bytes().rstrip(b"\0")
+    data += bytes(-len(data) % 512 + 1024)
+    (tmp_path / "a.tar").write_bytes(data)
+    os.truncate(tmp_path / "a.tar", len(data) + -len(data) % (512 * blocks))
+    assert list_tar(tmp_path / "a.tar").names == ("a.jpg",)
+
+
+def test_a_hole_of_hundreds_of_gigabytes_is_found_without_reading_it(tmp_path):
+    path = write_tar(tmp_path / "a.tar", {"a.jpg": b"a"})
+    os.truncate(path, 138_000_000_000)
+    with pytest.raises(DataError, match=r"137,999,99\d,\d\d\d bytes more, behind tar's end mark at byte 1,024"):
+        list_tar(path)
 
 
 def gnu_sparse(data, more):

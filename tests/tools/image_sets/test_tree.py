@@ -167,6 +167,54 @@ def test_archives_come_together_by_what_they_hold(tmp_path):
     assert tree.identity.count(";") == 3
 
 
+def test_an_image_that_two_archives_have_under_one_name_is_refused(tmp_path):
+    for name, extra in (("part1", "x.txt"), ("part2", "a/1.jpg")):
+        with zipfile.ZipFile(tmp_path / f"{name}.zip", "w") as file:
+            for member in ("a/0.jpg", "a/readme.txt", "a/.0.jpg", extra):
+                file.writestr(member, name)
+    archives = merge_archives({path: list_archive(path) for path in sorted(tmp_path.iterdir())})
+    with pytest.raises(DataError, match=r"part1\.zip: a/0\.jpg is in part2\.zip too, so they are no parts of one set"):
+        member_tree("archives", tmp_path, archives)
+
+
+def test_files_beside_images_may_be_in_two_archives(tmp_path):
+    for name in ("1", "2"):
+        with zipfile.ZipFile(tmp_path / f"part{name}.zip", "w") as file:
+            for member in (f"a/{name}.jpg", "a/readme.txt", "a/._1.jpg"):
+                file.writestr(member, name)
+    archives = merge_archives({path: list_archive(path) for path in sorted(tmp_path.iterdir())})
+    tree = member_tree("archives", tmp_path, archives)
+    assert tree.images("").names == ("a/1.jpg", "a/2.jpg")
+    assert tree.text("a/readme.txt") == "2"
+
+
+def test_a_directory_is_listed_once(tmp_path):
+    tree = write("directory", tmp_path, {"1.jpg": b"1", "x.gif": b""})
+    first = tree.images_in("")
+    (tmp_path / "2.jpg").write_bytes(b"2")
+    assert tree.images_in("") is tree.images("") is first
+    assert directory_tree(tmp_path).images("").names == ("1.jpg", "2.jpg")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_texts_in_unicode_are_read(tmp_path, encoding):
+    (tmp_path / "w.txt").write_bytes("é.jpg\t1\n".encode(encoding))
+    assert read_text(tmp_path / "w.txt") == "é.jpg\t1\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("a.jpg".encode("utf-16-le"), "zero bytes in it; save it again, in UTF-8"),
+        (b"\xff\xfea", "damaged text in UTF-16"),
+    ],
+)
+def test_texts_in_other_encodings_are_refused(tmp_path, data, message):
+    (tmp_path / "w.txt").write_bytes(data)
+    with pytest.raises(DataError, match=rf"w\.txt: .*{message}"):
+        read_text(tmp_path / "w.txt")
+
+
 def test_a_text_that_cannot_be_read_is_refused(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(DataError, match="fifo: not a regular file"):

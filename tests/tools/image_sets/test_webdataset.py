@@ -67,6 +67,7 @@ def test_one_shard_can_be_given_itself(tmp_path):
         ("{}", -1),
         ("[1]", -1),
         ('{"label": -1}', -1),
+        ('{"label": null}', -1),
     ],
 )
 def test_labels_are_read_from_json(tmp_path, data, label):
@@ -144,6 +145,7 @@ def test_numbered_shards_of_images_alone_have_no_labels(tmp_path):
         write_shard(tmp_path / f"s-{i:05}.tar", samples(None, None))
     images = detect(str(tmp_path)).sets["train"]()
     assert (images.labels.tolist(), images.classes) == ([-1] * 4, ())
+    assert images.notes == ("no labels in them: if each is a class, unpack each into a directory of its own",)
 
 
 def test_archives_that_are_named_after_classes_are_no_shards(tmp_path):
@@ -207,3 +209,40 @@ def test_shards_without_images_are_refused(tmp_path):
         write_shard(tmp_path / f"s-{i}.tar", {"0.txt": "words"})
     with pytest.raises(DataError, match=r"no images found .*: only 2 other files \(2 \.txt\)"):
         origin.sets["train"]()
+
+
+def test_labels_that_are_not_beside_their_images_are_refused(tmp_path):
+    images = {f"{i}.jpg": "image" for i in range(5)}
+    write_shard(tmp_path / "s-000.tar", {"x.jpg": "image", "x.cls": 0} | images | {f"{i}.cls": i for i in range(5)})
+    with pytest.raises(DataError, match=r"s-000\.tar: [0-4]\.cls is not right beside its image.*sorted by name"):
+        detect(str(tmp_path)).sets["train"]()
+
+
+def test_labels_that_are_hard_links_are_labels(tmp_path):
+    path = write_shard(tmp_path / "s-0.tar", {"0.jpg": "image", "0.cls": 3})
+    with tarfile.open(path, "a") as file:
+        for i in (1, 2):
+            for name, target in ((f"{i}.jpg", "0.jpg"), (f"{i}.cls", "0.cls")):
+                member = tarfile.TarInfo(name)
+                member.type, member.linkname = tarfile.LNKTYPE, target
+                file.addfile(member)
+    images = detect(str(tmp_path)).sets["train"]()
+    assert images.labels.tolist() == [3, 3, 3]
+    assert images.read(2) == b"image"
+
+
+def test_archives_that_may_be_classes_or_shards_are_not_guessed_about(tmp_path):
+    for i in (1, 2):
+        write_shard(tmp_path / f"class_{i}.tar", samples(None))
+    with pytest.raises(
+        DataError, match=r"class_1\.tar \.\.\. class_2\.tar .* may be classes or shards.*class_00000\.tar"
+    ):
+        detect(str(tmp_path))
+    assert detect(str(tmp_path / "class_1.tar")).sets["train"]().labels.tolist() == [-1]
+
+
+def test_shards_of_splits_beside_others_are_refused(tmp_path):
+    for name in ("train-0", "val-0", "extra-0"):
+        write_shard(tmp_path / f"{name}.tar", samples(0))
+    with pytest.raises(DataError, match=r"1 of 3 shards are named after no split, as extra-0\.tar, and others are"):
+        detect(str(tmp_path))

@@ -50,13 +50,13 @@ def test_bytes_before_the_zip_and_a_comment_behind_it_do_no_harm(tmp_path):
 
 def test_names_of_other_systems_are_read(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
-        for name in ("one/x.jpg", "tw0/y.jpg", "../../z.jpg", "/w.jpg", "empty/"):
+        for name in ("one/x.jpg", "tw0/y.jpg", "../../z.jpg", "/w.jpg", "empty/", "./cats/"):
             file.writestr(name, b"")
     data = (tmp_path / "a.zip").read_bytes().replace(b"one/x", b"one\\x").replace(b"tw0/y", b"tw\x94/y")
     (tmp_path / "a.zip").write_bytes(data)
     members = list_zip(tmp_path / "a.zip")
     assert members.names == ("one/x.jpg", "twö/y.jpg", "z.jpg", "w.jpg")
-    assert members.directories == ("empty",)
+    assert members.directories == ("empty", "cats")
 
 
 def test_a_link_is_told_from_a_file(tmp_path):
