@@ -85,7 +85,7 @@ def encode(images: ImageSet, options: Options, i: int) -> Encoded | Skipped:
         return _encoded(images, i, data, mode, changes, (image.height, image.width), original)
     except BadImage as error:
         cause = error.__context__
-        if isinstance(cause, OSError) and cause.errno in UNAVAILABLE:
+        if isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno in UNAVAILABLE):
             raise DataError(f"{printable(images.name(i))}: {error}; the same command goes on when it can be") from None
         return Skipped(i, printable(images.name(i)), str(error), images.stamp(i))
 

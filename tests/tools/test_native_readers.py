@@ -46,7 +46,8 @@ def test_stock_ffcv_reads_every_mode(folder, tmp_path, console, mode):
     from ffcv.loader import Loader, OrderOption
 
     torch.set_num_threads(threads)  # importing ffcv sets it to 1
-    convert(str(folder), tmp_path / "out", "ffcv", mode=mode, quality=95, console=console)
+    options = {} if mode == "raw" else {"quality": 95}
+    convert(str(folder), tmp_path / "out", "ffcv", mode=mode, console=console, **options)
     loader = Loader(
         str(tmp_path / "out" / "train.beton"),
         batch_size=4,
