@@ -34,7 +34,8 @@ def data(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("sources")
     (root / "png").symlink_to(tiny_data / "folder" / "train")
     for to in ("ffcv", "webdataset", "tensor"):
-        convert(str(root / "png"), root / to, to, mode="raw", console=Console(file=io.StringIO()))
+        mode = {"mode": "raw"} if to == "ffcv" else {}
+        convert(str(root / "png"), root / to, to, console=Console(file=io.StringIO()), **mode)
     return root
 
 

@@ -1,6 +1,7 @@
 """Forked worker processes: they know all that their parent knows, use every core, and end with it."""
 
 import ctypes
+import gc
 import os
 import signal
 import traceback
@@ -52,7 +53,7 @@ def fork_workers(serve: Callable[..., None], arguments: Sequence[tuple[Any, ...]
     context = get_context("fork")
     workers = Workers([], [])
     try:
-        with _interrupts_held_back():
+        with _interrupts_held_back(), _garbage_kept():
             for number, mine in enumerate(arguments):
                 ours, theirs = context.Pipe()
                 workers.connections.append(ours)
@@ -80,6 +81,8 @@ def _enter(
     parent: int,
     arguments: tuple[Any, ...],
 ) -> None:
+    gc.freeze()
+    gc.enable()
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of <linux/prctl.h>
     if os.getppid() != parent:  # it was gone before
         os._exit(1)
@@ -99,6 +102,19 @@ def _interrupts_held_back() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _garbage_kept() -> Iterator[None]:
+    """A worker must never collect what its parent has left lying about: DALI's pipelines, for one, want the threads
+    that they had. So it is born with collection off, and freezes all it was given."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def run_forked(tasks: Sequence[Callable[[], T]], count: int, name: str) -> Generator[T, None, None]:

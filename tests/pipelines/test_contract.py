@@ -73,7 +73,8 @@ def data(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("data")
     write_folder(root / "png")
     for to in ("tensor", "ffcv", "webdataset"):
-        convert(str(root / "png"), root / to, to, mode="raw", console=Console(file=io.StringIO()))
+        mode = {"mode": "raw"} if to == "ffcv" else {}
+        convert(str(root / "png"), root / to, to, console=Console(file=io.StringIO()), **mode)
     return root
 
 

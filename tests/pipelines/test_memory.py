@@ -54,7 +54,8 @@ def data(tmp_path_factory) -> Path:
             noise = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
             Image.fromarray(noise).resize((SIDE, SIDE - number)).save(path)
     for to in ("ffcv", "webdataset"):
-        convert(str(root / "jpg"), root / to, to, mode="jpg", console=Console(file=io.StringIO()))
+        mode = {"mode": "jpg"} if to == "ffcv" else {}
+        convert(str(root / "jpg"), root / to, to, console=Console(file=io.StringIO()), **mode)
     return root
 
 

@@ -1,5 +1,6 @@
 """Tasks run in forked processes: results come in order, and whatever goes wrong there is told by the parent."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -53,3 +54,24 @@ def test_the_processes_end_with_the_generator():
         next(results)
         assert len(set(multiprocessing.active_children()) - before) == 2
     assert set(multiprocessing.active_children()) == before
+
+
+def test_what_the_parent_left_lying_about_is_never_collected_in_a_worker(tmp_path):
+    """Such as a pipeline of DALI, which would wait for threads that are not there, or crash."""
+    mark, parent = tmp_path / "mark", os.getpid()
+
+    class Left:
+        def __init__(self):
+            self.itself = self
+
+        def __del__(self):
+            if os.getpid() != parent:
+                mark.touch()
+
+    gc.disable()
+    try:
+        Left()
+        assert list(run_forked([gc.isenabled, lambda: gc.collect() >= 0], 2, "test")) == [True, True]
+    finally:
+        gc.enable()
+    assert not mark.exists()
