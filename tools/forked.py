@@ -5,6 +5,7 @@ import gc
 import os
 import signal
 import traceback
+import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -111,7 +112,9 @@ def _garbage_kept() -> Iterator[None]:
     enabled = gc.isenabled()
     gc.disable()
     try:
-        yield
+        with warnings.catch_warnings():  # Python 3.12 warns of forks beside threads; workers use none of their parent's
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
     finally:
         if enabled:
             gc.enable()
