@@ -4,6 +4,7 @@ import io
 import os
 import re
 import struct
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+import launch
 from tools.convert import convert
 
 REPO = Path(__file__).resolve().parents[1]
@@ -92,6 +94,24 @@ def write_tiny_config(tiny_data: Path) -> Callable[[Path], Path]:
 @pytest.fixture
 def tiny_config(write_tiny_config: Callable[[Path], Path], tmp_path: Path) -> Path:
     return write_tiny_config(tmp_path)
+
+
+@pytest.fixture
+def ressl(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs `launch.py ARGUMENTS` in this process, from tmp_path; returns the exit code, stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["launch.py", *map(str, arguments)])
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("COLUMNS", "200")
+        capsys.readouterr()
+        code = launch.main()
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
 
 
 # --- odd images ------------------------------------------------------------------------------------------------------

@@ -20,22 +20,6 @@ REPO = Path(__file__).resolve().parents[1]
 Launch = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def ressl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Launch:
-    """Runs `launch.py ARGUMENTS` in this process, from tmp_path; returns the exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["launch.py", *map(str, arguments)])
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setenv("COLUMNS", "200")
-        capsys.readouterr()
-        code = launch.main()
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
-
-
 def records(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 

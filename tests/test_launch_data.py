@@ -19,22 +19,6 @@ Launch = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def ressl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Launch:
-    """Runs `launch.py ARGUMENTS` in this process, from tmp_path; returns the exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["launch.py", *map(str, arguments)])
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setenv("COLUMNS", "200")
-        capsys.readouterr()
-        code = launch.main()
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
-
-
-@pytest.fixture
 def images(tiny_data: Path, tmp_path: Path) -> Path:
     """The folders train/ and val/, which a test may change."""
     return Path(shutil.copytree(tiny_data / "folder", tmp_path / "images"))
