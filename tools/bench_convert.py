@@ -9,7 +9,6 @@ difference counts: starting up, and what a conversion tries beforehand, is left 
 import argparse
 import importlib.util
 import io
-import json
 import multiprocessing
 import os
 import shutil
@@ -36,11 +35,10 @@ from tools.baselines import ffcv_write, folder_files, load_ffcv_writer
 from tools.bench import machine
 from tools.bench_convert_report import Record, markdown, print_report
 from tools.bench_data import prepare
-from tools.bench_loaders import machine_cpu_seconds, shuffled
+from tools.bench_loaders import answer, keep, machine_cpu_seconds, make_out, shuffled
 from tools.convert import DiskFull, convert
 from tools.estimate import SAMPLES
 from tools.loader_arms import ArmFailed, own_cpu_seconds
-from tools.output import atomic_output
 
 PAIRS = {"tar": "ours-header", "decode": "ours-decode", "ffcv": "ours-ffcv"}  # what ours is compared with
 ARMS = (*PAIRS, *PAIRS.values())
@@ -48,7 +46,6 @@ MAX_SIDE, QUALITY = 400, 90  # of the .beton files
 FEW = SAMPLES  # images; at least as many as a conversion tries beforehand, so that these too are left out
 AT_ONCE = 16  # files that a decoding worker takes
 PATIENCE_S = 900  # FFCV's writer waits for ever where a worker of it fails
-STOPPED = 130
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,11 +281,7 @@ def bench(arguments: argparse.Namespace, console: Console) -> Record:
 
 def write(record: Record, out: Path) -> list[Path]:
     """convert-cpu-<date>.md and .json in `out`."""
-    paths = [out / f"convert-cpu-{record['date']}{suffix}" for suffix in (".md", ".json")]
-    for path, text in zip(paths, (markdown(record), json.dumps(record, indent=1) + "\n"), strict=True):
-        with atomic_output(path) as file:
-            file.write(text.encode())
-    return paths
+    return keep(record, markdown(record), out / f"convert-cpu-{record['date']}")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -312,28 +305,18 @@ def check(arguments: argparse.Namespace) -> None:
         raise DataError(f"--images {arguments.count}: expected at least {2 * FEW}, as {FEW} are not counted")
     if arguments.workers < 1:
         raise DataError(f"--workers {arguments.workers}: expected at least 1")
-    try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"--out {arguments.out}: the directory cannot be made: {error.strerror}") from None
+    make_out(arguments.out)
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
-    try:
+
+    def measure() -> tuple[Record, list[Path]]:
         check(arguments)
         record = bench(arguments, Console(stderr=True))
-        paths = write(record, arguments.out)
-    except (DataError, DiskFull) as error:
-        print(f"ressl: error: {error}", file=sys.stderr)
-        return 4 if isinstance(error, DiskFull) else 2
-    except KeyboardInterrupt:
-        print("ressl: stopped; nothing was written", file=sys.stderr)
-        return STOPPED
-    console = Console()
-    print_report(record, console)
-    console.print(f"wrote {' and '.join(map(str, paths))}", markup=False, soft_wrap=True)
-    return 0
+        return record, write(record, arguments.out)
+
+    return answer(measure, print_report)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,8 @@ from statistics import median
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-from tools.loader_report import Sheet, spread
+from tools.loader_report import Sheet, print_sheets, spread
 
 Record = dict[str, Any]  # as bench_convert.py writes it to JSON
 IMAGENET = 1_281_167  # images
@@ -136,13 +135,7 @@ def notes(record: Record) -> list[str]:
 
 
 def print_report(record: Record, console: Console) -> None:
-    for sheet in sheets(record):
-        table = Table(*sheet.columns, title=sheet.title, title_justify="left")
-        for row in sheet.rows:
-            table.add_row(*row)
-        console.print(table)
-    for arm, reason in record["left_out"].items():
-        console.print(f"left out: {arm}: {reason}", markup=False, highlight=False, soft_wrap=True)
+    print_sheets(sheets(record), record["left_out"], console)
 
 
 def markdown(record: Record) -> str:

@@ -12,7 +12,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import date
@@ -218,10 +218,15 @@ def make_record(
 def write(record: Record, out: Path) -> list[Path]:
     """loaders-<cpu|gpu>-<date>.md and .json in `out`."""
     kind = "gpu" if record["options"]["device"] == "cuda" else "cpu"
-    paths = [out / f"loaders-{kind}-{record['date']}{suffix}" for suffix in (".md", ".json")]
-    for path, text in zip(paths, (markdown(record), json.dumps(record, indent=1) + "\n"), strict=True):
-        with atomic_output(path) as file:
-            file.write(text.encode())
+    return keep(record, markdown(record), out / f"loaders-{kind}-{record['date']}")
+
+
+def keep(record: Record, text: str, path: Path) -> list[Path]:
+    """A benchmark's text and its record, as `path` with .md and .json."""
+    paths = [path.with_name(path.name + suffix) for suffix in (".md", ".json")]
+    for one, content in zip(paths, (text, json.dumps(record, indent=1) + "\n"), strict=True):
+        with atomic_output(one) as file:
+            file.write(content.encode())
     return paths
 
 
@@ -248,18 +253,21 @@ def check(arguments: argparse.Namespace) -> None:
             raise DataError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: expected at least 1")
     if not 0 <= arguments.seconds <= 600:
         raise DataError(f"--seconds {arguments.seconds}: expected from 0 to 600")
+    make_out(arguments.out)
+
+
+def make_out(out: Path) -> None:
+    """Raises DataError where it cannot be."""
     try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"--out {arguments.out}: the directory cannot be made: {error.strerror}") from None
+        raise DataError(f"--out {out}: the directory cannot be made: {error.strerror}") from None
 
 
-def main(argv: list[str] | None = None) -> int:
-    arguments = parse(argv)
+def answer(measure: Callable[[], tuple[Record, list[Path]]], show: Callable[[Record, Console], None]) -> int:
+    """Runs a benchmark, which gives its record and the files it was written to, and shows it. Returns the exit code."""
     try:
-        check(arguments)
-        record = bench(arguments, Console(stderr=True))
-        paths = write(record, arguments.out)
+        record, paths = measure()
     except (DataError, DiskFull) as error:
         print(f"ressl: error: {error}", file=sys.stderr)
         return 4 if isinstance(error, DiskFull) else 2
@@ -267,9 +275,20 @@ def main(argv: list[str] | None = None) -> int:
         print("ressl: stopped; nothing was written", file=sys.stderr)
         return STOPPED
     console = Console()
-    print_report(record, console)
+    show(record, console)
     console.print(f"wrote {' and '.join(map(str, paths))}", markup=False, soft_wrap=True)
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse(argv)
+
+    def measure() -> tuple[Record, list[Path]]:
+        check(arguments)
+        record = bench(arguments, Console(stderr=True))
+        return record, write(record, arguments.out)
+
+    return answer(measure, print_report)
 
 
 if __name__ == "__main__":

@@ -30,13 +30,13 @@ from tools.convert_request import (
     check_place,
     check_request,
     choose_splits,
-    expand,
 )
 from tools.crew import Crew, Measure, Measured
 from tools.encode import Check, Format, Mode, Options, changes_of, printable, read_options
 from tools.estimate import Estimate, Sample, estimate, fits, free_bytes, show_estimates, size_text, spread
 from tools.image_sets import TORCHVISION, TORCHVISION_ROOT, ImageSet, detect
 from tools.journal import PART, Past, WorkDirectory
+from tools.output import expand
 
 AT_ONCE = 8  # images that a worker tries for the estimate before it tells
 CHUNK_BYTES = 16 << 20  # of the images of a chunk, encoded; a worker holds up to three

@@ -12,7 +12,7 @@ from pipelines.shards import INDEX
 from ressl.batch import DataError
 from tools.encode import Check, Format, Mode, Options, read_options
 from tools.image_sets import ImageSet
-from tools.output import refuse_foreign
+from tools.output import expand, refuse_foreign
 
 SUFFIX = {"ffcv": ".beton", "tensor": ".safetensors", "webdataset": ""}  # webdataset: a directory
 
@@ -29,13 +29,6 @@ class Request:
     workers: int
     overwrite: bool
     restart: bool
-
-
-def expand(path: Path) -> Path:
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise DataError(f"{path}: no such user; give another place") from None
 
 
 def check_request(request: Request) -> None:

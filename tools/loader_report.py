@@ -149,12 +149,17 @@ def notes(record: Record) -> list[str]:
 
 
 def print_report(record: Record, console: Console) -> None:
-    for sheet in sheets(record):
+    print_sheets(sheets(record), record["left_out"], console)
+
+
+def print_sheets(tables: Sequence[Sheet], left_out: dict[str, str], console: Console) -> None:
+    """The tables of any benchmark, then the arms that could not run, and why."""
+    for sheet in tables:
         table = Table(*sheet.columns, title=sheet.title, title_justify="left")
         for row in sheet.rows:
             table.add_row(*row)
         console.print(table)
-    for name, reason in record["left_out"].items():
+    for name, reason in left_out.items():
         console.print(f"left out: {name}: {reason}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -36,6 +36,14 @@ def atomic_output(path: Path) -> Iterator[BinaryIO]:
             file.close()
 
 
+def expand(path: Path) -> Path:
+    """With a user's directory in place of `~`. Raises DataError where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise DataError(f"{path}: no such user; give another place") from None
+
+
 def refuse_foreign(directory: Path) -> None:
     """Raises DataError where a directory of shards holds anything that `convert` did not write."""
     try:

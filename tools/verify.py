@@ -11,9 +11,9 @@ from rich.progress import BarColumn, Progress, TimeRemainingColumn
 from pipelines.manifest import NAME, SplitRecord, manifest_text, read_manifest
 from pipelines.shards import INDEX, point_to_shards
 from ressl.batch import DataError
-from tools.convert_request import expand
 from tools.estimate import size_text
 from tools.journal import PART
+from tools.output import expand
 from tools.verify_content import check_content, content_bytes
 from tools.verify_layout import BETON, TENSORS, Stored, open_stored, total_bytes
 from tools.verify_report import Report, print_reports, printed

@@ -14,6 +14,7 @@ from tools.image_sets.members import Members
 from tools.image_sets.tree import Tree, directory_tree, list_archive, member_tree, merge_archives
 from tools.image_sets.webdataset import find_webdataset
 from tools.image_sets.zip_members import is_zip
+from tools.output import expand
 
 __all__ = ["FASHION_MNIST", "TORCHVISION", "TORCHVISION_ROOT", "ImageSet", "Origin", "detect"]
 
@@ -41,7 +42,7 @@ def detect(source: str, labels: Path | None = None, *, download: bool = True) ->
         if labels is not None:
             raise DataError(f"{source}: has labels of its own; leave out {labels}")
         return open_torchvision(source, download)
-    root, labels = _expand(source), None if labels is None else _expand(str(labels))
+    root, labels = expand(Path(source)), None if labels is None else expand(labels)
     try:
         mode = root.stat().st_mode
     except FileNotFoundError:
@@ -59,13 +60,6 @@ def detect(source: str, labels: Path | None = None, *, download: bool = True) ->
         return found
     tree = _tree(root, is_directory=stat.S_ISDIR(mode))
     return lay_out_listed(tree, labels) if labels is not None else find_kaggle(tree) or lay_out(tree)
-
-
-def _expand(path: str) -> Path:
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise DataError(f"{path}: no such user; give another place") from None
 
 
 def _find_parquet(root: Path) -> Origin | None:
