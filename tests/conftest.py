@@ -15,16 +15,15 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-import launch
-from tools.convert import convert
+# Without a GPU, Triton's kernels run in its interpreter. Triton asks once, when first imported, and much of what we
+# import may do that: so this stands before any import of ours.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import launch  # noqa: E402
+from tools.convert import convert  # noqa: E402
 
 REPO = Path(__file__).resolve().parents[1]
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Without a GPU, Triton's kernels run in its interpreter. It asks once, when imported: so before any test."""
-    if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")
