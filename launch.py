@@ -48,6 +48,7 @@ from ressl.optim import build_optimizer
 from ressl.recorder import NonFiniteLoss, Recorder
 from ressl.run_dir import RunDirError, check_run_dir, checkpoint_path, config_path, keep_metrics_until, make_run_dir
 from ressl.runtime import MachineError, Runtime, launched, preferred_device
+from ressl.step import TrainStep
 from ressl.trainer import train
 from tools.convert import DiskFull
 from tools.convert import convert as convert_data
@@ -137,8 +138,8 @@ def run(cfg: Config, console: Console) -> float:
 
     with lock, runtime.trackers(), recorder:
         train(
-            method, loaders.train, optimizer, runtime, recorder, cfg.optim, start_step=start_step,
-            on_epoch_end=on_epoch_end,
+            TrainStep(method, optimizer, runtime, accumulate=cfg.optim.accumulate),
+            loaders.train, recorder, cfg.optim, start_step=start_step, on_epoch_end=on_epoch_end,
         )  # fmt: skip
     return recorder.images_per_s
 

@@ -3,35 +3,12 @@
 Nothing writes to a config after it is read: derived numbers are properties, computed where they are asked for.
 """
 
-import os
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-def _expand(path: Path) -> Path:
-    if "\0" in str(path):
-        raise ValueError("a path without NUL bytes")
-    return Path(os.path.expandvars(path.expanduser()))
-
-
-UserPath = Annotated[Path, AfterValidator(_expand)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1, le=2**24)]
-Range = tuple[float, float]
-Workers = Annotated[int, Field(ge=0)]
-"""Decoding threads of each rank; 0: the cores that fall to the rank."""
-MaxSide = Annotated[int, Field(ge=8)] | None
-"""Larger images are resized to this longer side after decoding; null keeps them as they are."""
-
-
-class Section(BaseModel):
-    """Behaviour shared by all sections: frozen, unknown keys refused, no NaN or infinity."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
-
+from ressl.config_optim import Optim
+from ressl.config_parts import Count, MaxSide, Positive, Probability, Range, Section, UserPath, Workers, require
 
 # --- data ------------------------------------------------------------------------------------------------------------
 
@@ -149,13 +126,13 @@ class ViewConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         low, high = self.crop_scale
-        _require(0 < low <= high <= 1, "crop_scale", "need 0 < low <= high <= 1", self.crop_scale)
+        require(0 < low <= high <= 1, "crop_scale", "need 0 < low <= high <= 1", self.crop_scale)
         low, high = self.crop_ratio
-        _require(0 < low <= high, "crop_ratio", "need 0 < low <= high", self.crop_ratio)
+        require(0 < low <= high, "crop_ratio", "need 0 < low <= high", self.crop_ratio)
         low, high = self.blur_sigma
-        _require(0 < low <= high <= 10, "blur_sigma", "need 0 < low <= high <= 10", self.blur_sigma)
-        _require(min(self.jitter) >= 0, "jitter", "strengths are not negative", self.jitter)
-        _require(self.jitter[3] <= 0.5, "jitter", "the hue's strength is at most 0.5", self.jitter)
+        require(0 < low <= high <= 10, "blur_sigma", "need 0 < low <= high <= 10", self.blur_sigma)
+        require(min(self.jitter) >= 0, "jitter", "strengths are not negative", self.jitter)
+        require(self.jitter[3] <= 0.5, "jitter", "the hue's strength is at most 0.5", self.jitter)
         return self
 
 
@@ -252,45 +229,18 @@ class ReSSLConfig(Section):
     student_temperature: Positive = 0.1
     teacher_temperature: Positive = 0.04
     teacher_momentum: Probability = 0.999
+    teacher_momentum_end: Probability | None = None
+    """Of the last step, on a cosine from `teacher_momentum`, as Grill et al. 2020 (BYOL) do; null: constant."""
+    queue_dtype: Literal["float32", "bfloat16"] = "float32"
+    """How the queue is stored. bfloat16: half the memory and half the reading, similarities off by up to 0.002."""
+    loss_impl: Literal["auto", "torch", "chunked", "triton"] = "auto"
+    """torch: the definition. chunked: never holds all similarities at once. triton: fused, for GPUs. auto: triton on
+    CUDA; elsewhere the definition, or chunked where its similarities would be large."""
+    loss_precision: Literal["float32", "tf32", "bf16"] = "float32"
+    """Of the factors of the similarities in `triton`; sums are float32 in all of them."""
 
 
 Method = ReSSLConfig  # ReSSLConfig | WCLConfig | ..., told apart by name, once there are more
-
-
-# --- optimization ----------------------------------------------------------------------------------------------------
-
-
-class SGDConfig(Section):
-    """SGD; the learning rate rises linearly from 0 over the warm-up, then falls to 0 on a cosine, at every step."""
-
-    name: Literal["sgd"]
-    epochs: Count
-    batch_size: Count
-    """Images per step over all ranks and micro-batches."""
-    accumulate: Count = 1
-    """Micro-batches of a step: each rank goes forward and backward this many times before the optimizer moves."""
-    lr: Annotated[float, Field(gt=0, le=1e30)]
-    lr_scaling: Literal["none", "linear"] = "none"
-    """linear: `lr` is meant for 256 images a step and grows with batch_size."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    nesterov: bool = False
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    no_decay: tuple[str, ...] = ()
-    """Parameters whose name contains one of these words are not decayed."""
-    warmup_epochs: Annotated[float, Field(ge=0)] = 5.0
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        _require(self.warmup_epochs < self.epochs, "warmup_epochs", f"must be below epochs={self.epochs}",
-                 self.warmup_epochs)  # fmt: skip
-        _require(self.batch_size % self.accumulate == 0, "accumulate",
-                 f"must divide batch_size={self.batch_size}", self.accumulate)  # fmt: skip
-        _require(self.momentum > 0 or not self.nesterov, "nesterov", "needs momentum above 0", self.nesterov)
-        return self
-
-    @property
-    def peak_lr(self) -> float:
-        return self.lr * self.batch_size / 256 if self.lr_scaling == "linear" else self.lr
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
@@ -329,7 +279,7 @@ class EvaluateConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _require(self.resize is None or self.resize >= self.size, "resize", f"must not be below size={self.size}",
+        require(self.resize is None or self.resize >= self.size, "resize", f"must not be below size={self.size}",
                  self.resize)  # fmt: skip
         return self
 
@@ -344,6 +294,12 @@ class RunConfig(Section):
     """auto: CUDA where there is a GPU, else the CPU."""
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     """Of the networks; the loss is float32 in all of them. tf32: float32, but faster, coarser convolutions on a GPU."""
+    compile: bool = False
+    """Compile the encoder's blocks with torch.compile: fewer, larger kernels; takes a minute or more at the start."""
+    cuda_graphs: bool = False
+    """Capture the whole step as a CUDA graph and replay it: no cost of launching kernels, for small batches."""
+    gradient_compression: Literal["none", "bf16"] = "none"
+    """bf16: gradients travel between ranks in half the bytes."""
     log_every: Count = 50
     """Steps between reads of the loss from the device; each read waits for the device."""
     knn_every: Annotated[int, Field(ge=0)] = 0
@@ -359,18 +315,12 @@ class Config(Section):
     views: ViewsConfig
     encoder: Encoder
     method: Method
-    optim: SGDConfig
+    optim: Optim
     evaluate: EvaluateConfig
     run: RunConfig
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _require(self.run.knn_every == 0 or self.data.source.val is not None, "run.knn_every",
+        require(self.run.knn_every == 0 or self.data.source.val is not None, "run.knn_every",
                  "needs data.source.val to be set", self.run.knn_every)  # fmt: skip
         return self
-
-
-def _require(condition: bool, key: str, message: str, value: object) -> None:
-    """Raises a problem of a section's key, found by comparing fields. The reader puts the section's path before it."""
-    if not condition:
-        raise ValueError(f"{key}: {message}, got {list(value) if isinstance(value, tuple) else value}")

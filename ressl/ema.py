@@ -1,9 +1,10 @@
 """The teacher: a slow copy of the student."""
 
 import copy
+import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def make_teacher(student: nn.Module) -> nn.Module:
@@ -12,6 +13,17 @@ def make_teacher(student: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def ema_update_(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher <- momentum * teacher + (1 - momentum) * student, parameters only, in place."""
+def ema_update_(teacher: nn.Module, student: nn.Module, momentum: float | Tensor) -> None:
+    """teacher <- momentum * teacher + (1 - momentum) * student, parameters only, in place.
+
+    `momentum` may be a () tensor on the device, so that a captured step can be replayed with another one.
+    """
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+
+
+def teacher_momentum(done: float, *, start: float, end: float | None) -> float:
+    """Of the step at which the share `done` of the run is behind: from `start` to `end` on a cosine, or constant.
+
+    Grill et al. 2020 (BYOL, https://arxiv.org/abs/2006.07733), section 3.3.
+    """
+    return start if end is None else end - (end - start) * (math.cos(math.pi * done) + 1) / 2

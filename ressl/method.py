@@ -12,7 +12,7 @@ from ressl.batch import Batch
 from ressl.batchnorm import set_batchnorm_, shuffled, unshuffled
 from ressl.collectives import Collectives
 from ressl.config import BatchNorm, Encoder, Method, ReSSLConfig
-from ressl.ema import ema_update_, make_teacher
+from ressl.ema import ema_update_, make_teacher, teacher_momentum
 from ressl.encoder import build_encoder
 from ressl.loss import relational_loss
 from ressl.queue import FeatureQueue
@@ -33,34 +33,52 @@ class ReSSL(nn.Module):
         set_batchnorm_(student, batchnorm, collectives)
         self.student = student
         self.teacher = make_teacher(student)
-        self.queue = FeatureQueue(cfg.queue_size, cfg.embed_dim)
+        self.queue = FeatureQueue(cfg.queue_size, cfg.embed_dim, dtype=getattr(torch, cfg.queue_dtype))
 
     def forward(self, batch: Batch) -> StepOutput:
-        # each view is a forward pass of its own, so that each is normalised by its own statistics
-        student = torch.cat([self.student(view) for view in batch.strong])  # (views * B, D)
+        student = self.embed(batch.strong)
+        keys = self.teach(batch.weak)
+        loss = self.compare(student, keys)
         with torch.no_grad():
-            (weak,) = batch.weak
-            keys = self.teacher(shuffled(self.batchnorm, self.collectives, weak))
-            keys = unshuffled(self.batchnorm, self.collectives, keys)  # (B, D)
-        teacher = keys.repeat(len(batch.strong), 1)  # (views * B, D)
-        loss = relational_loss(
+            agreement = (student.unflatten(0, (-1, len(keys))) * keys).sum(dim=2).mean()
+        return StepOutput(loss, (keys,), {"loss": loss.detach(), "agreement": agreement})
+
+    def embed(self, strong: tuple[Tensor, ...]) -> Tensor:
+        """The student's embeddings (V * B, D) of V views (B, 3, h, w), one view after another."""
+        # each view is a forward pass of its own, so that each is normalised by its own statistics
+        return torch.cat([self.student(view) for view in strong])
+
+    @torch.no_grad()
+    def teach(self, weak: tuple[Tensor, ...]) -> Tensor:
+        """The teacher's embeddings (B, D) of the one weak view."""
+        (view,) = weak
+        keys = self.teacher(shuffled(self.batchnorm, self.collectives, view))
+        return unshuffled(self.batchnorm, self.collectives, keys)
+
+    def compare(self, student: Tensor, keys: Tensor) -> Tensor:
+        """The relational loss () of the student's embeddings (V * B, D) against the teacher's (B, D)."""
+        return relational_loss(
             student,
-            teacher,
+            keys,
             self.queue.keys,
             student_temperature=self.cfg.student_temperature,
             teacher_temperature=self.cfg.teacher_temperature,
+            impl=self.cfg.loss_impl,
+            precision=self.cfg.loss_precision,
         )
-        agreement = (student.detach() * teacher).sum(dim=1).mean()
-        return StepOutput(loss, (keys,), {"loss": loss.detach(), "agreement": agreement})
+
+    def momentum(self, done: float) -> float:
+        """The teacher's momentum where the share `done` of the run is behind it."""
+        return teacher_momentum(done, start=self.cfg.teacher_momentum, end=self.cfg.teacher_momentum_end)
 
     @torch.no_grad()
-    def after_step(self, keys: Tensor) -> None:
+    def after_step(self, keys: Tensor, *, momentum: float | Tensor) -> None:
         """Once per optimizer step, after it: `keys` (G, D) are the teacher's embeddings of the global batch.
 
         NOTE: the authors move the teacher at the start of the next step; the sequence of weights is the same.
         """
         self.queue.push(keys)
-        ema_update_(self.teacher, self.student, self.cfg.teacher_momentum)
+        ema_update_(self.teacher, self.student, momentum)
 
 
 AnyMethod = ReSSL  # ReSSL | WCL | ..., once there are more: each takes a Batch, gives a StepOutput, has after_step

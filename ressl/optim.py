@@ -3,9 +3,9 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ressl.config import SGDConfig
+from ressl.config_optim import SGDConfig
 
 
 def build_optimizer(student: nn.Module, cfg: SGDConfig) -> torch.optim.SGD:
@@ -30,3 +30,12 @@ def learning_rate(step: int, *, steps_per_epoch: int, cfg: SGDConfig) -> float:
     if step < warmup:
         return cfg.peak_lr * step / warmup
     return 0.5 * cfg.peak_lr * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+def set_learning_rate_(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """In place: a rate that is a tensor on the device, as a captured step reads it, stays that tensor."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr

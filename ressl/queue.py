@@ -12,12 +12,12 @@ class FeatureQueue(nn.Module):
     carries them.
     """
 
-    keys: Tensor  # (K, D) float32, rows of unit length
+    keys: Tensor  # (K, D) float32 or bfloat16, rows of unit length
     cursor: Tensor  # () int64, the row that is overwritten next: the oldest
 
-    def __init__(self, size: int, dim: int) -> None:
+    def __init__(self, size: int, dim: int, *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.register_buffer("keys", F.normalize(torch.randn(size, dim), dim=1))
+        self.register_buffer("keys", F.normalize(torch.randn(size, dim), dim=1).to(dtype))
         self.register_buffer("cursor", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()

@@ -18,6 +18,7 @@ from ressl.method import build_method
 from ressl.optim import build_optimizer
 from ressl.recorder import Recorder
 from ressl.runtime import Runtime
+from ressl.step import TrainStep
 from ressl.trainer import train
 
 
@@ -51,7 +52,8 @@ def main() -> None:
     )  # fmt: skip
     rows = torch.arange(4 * runtime.world_size).view(-1, 1) + 100.0 * runtime.rank
     with recorder:
-        train(method, witness, build_optimizer(method.student, cfg.optim), runtime, recorder, cfg.optim)
+        step = TrainStep(method, build_optimizer(method.student, cfg.optim), runtime, accumulate=cfg.optim.accumulate)
+        train(step, witness, recorder, cfg.optim)
     average_statistics_(method, runtime.collectives)
     torch.save(
         {

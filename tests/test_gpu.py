@@ -13,6 +13,7 @@ from ressl.config_file import load_config
 from ressl.method import build_method
 from ressl.optim import build_optimizer
 from ressl.runtime import Runtime
+from ressl.step import TrainStep
 
 pytestmark = pytest.mark.gpu
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -67,14 +68,10 @@ def test_five_steady_steps_never_wait_for_the_device(source: str, tiny_config: P
     stream = build_loaders(cfg, device=runtime.device, dtype=runtime.dtype).train
     method = build_method(cfg.method, cfg.encoder, runtime.collectives).to(runtime.device)
     optimizer = build_optimizer(method.student, cfg.optim)
-    replica, batches = runtime.replicate(method), stream.epoch(0)
+    take_step, batches = TrainStep(method, optimizer, runtime, accumulate=1), stream.epoch(0)
 
     def step() -> None:
-        out = replica(next(batches))
-        runtime.backward(out.loss)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        method.after_step(*map(runtime.collectives.gather, out.carry))
+        take_step(batches, lr=0.01, momentum=0.99)
 
     for _ in range(3):
         step()

@@ -33,6 +33,7 @@ from ressl.config_file import ConfigError, load_config
 from ressl.method import build_method
 from ressl.optim import build_optimizer
 from ressl.runtime import MachineError, Runtime
+from ressl.step import TrainStep
 
 PACKAGES = ("torchvision", "triton", "numpy", "pillow", "numba", "ffcv", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
 
@@ -66,19 +67,12 @@ def step_parts(cfg: Config, steps: int) -> tuple[list[Part], Callable[[], None]]
     if stream.steps_per_epoch < steps:
         raise DataError(f"--steps {steps}, but an epoch has only {stream.steps_per_epoch}")
     method = build_method(cfg.method, cfg.encoder, runtime.collectives).to(runtime.device).train()
-    optimizer = runtime.prepare_optimizer(build_optimizer(method.student, cfg.optim))
-    for group in optimizer.param_groups:
-        group["lr"] = cfg.optim.peak_lr
-    replica = runtime.replicate(method)
+    take_step = TrainStep(method, build_optimizer(method.student, cfg.optim), runtime, accumulate=1)
     held_frames = next(iter(stream.frames(0)))
     held = stream.cut(held_frames, 0)
 
     def train_on(batch: Batch) -> None:
-        out = replica(batch)
-        runtime.backward(out.loss)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        method.after_step(*out.carry)
+        take_step(iter([batch]), lr=cfg.optim.peak_lr, momentum=method.momentum(0))
 
     def frames(steps: int) -> None:
         for _ in zip(range(steps), stream.frames(0), strict=False):

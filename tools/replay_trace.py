@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from ressl.batch import Batch, DataError
 from ressl.collectives import alone
-from ressl.config import LocalBatchNorm, ReSSLConfig, SGDConfig
+from ressl.config import LocalBatchNorm, ReSSLConfig
+from ressl.config_optim import SGDConfig
 from ressl.ema import ema_update_
 from ressl.encoder import unit_rows
 from ressl.method import ReSSL
@@ -114,7 +115,7 @@ def _replay(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         teacher = {name: value.clone() for name, value in method.teacher.state_dict().items()}
-        method.after_step(*out.carry)
+        method.after_step(*out.carry, momentum=method.cfg.teacher_momentum)
         worst["losses"] = max(worst["losses"], deviation(out.loss.detach(), tensors["losses"][step]))
         worst["queues"] = max(worst["queues"], deviation(method.queue.keys.T, tensors[f"step{step}/queue"]))
 

@@ -50,7 +50,7 @@ def test_after_step_pushes_the_keys_and_moves_the_teacher() -> None:
             p.add_(1.0)
     old = [p.clone() for p in method.teacher.parameters()]
     keys = torch.randn(10, 8)
-    method.after_step(keys)
+    method.after_step(keys, momentum=method.cfg.teacher_momentum)
     assert torch.equal(method.queue.keys[:10], keys) and method.queue.cursor == 10
     for new, before, student in zip(method.teacher.parameters(), old, method.student.parameters(), strict=True):
         torch.testing.assert_close(new, 0.9 * before + 0.1 * student)

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from ressl.config import ResNet, SGDConfig
+from ressl.config import ResNet
+from ressl.config_optim import SGDConfig
 from ressl.encoder import build_encoder
 from ressl.optim import build_optimizer, learning_rate
 

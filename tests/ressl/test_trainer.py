@@ -9,12 +9,14 @@ from torch import nn
 
 from ressl.batch import Batch
 from ressl.collectives import alone
-from ressl.config import LocalBatchNorm, ReSSLConfig, RunConfig, SGDConfig
+from ressl.config import LocalBatchNorm, ReSSLConfig, RunConfig
+from ressl.config_optim import SGDConfig
 from ressl.encoder import unit_rows
 from ressl.method import ReSSL
 from ressl.optim import build_optimizer
 from ressl.recorder import Recorder
 from ressl.runtime import Runtime
+from ressl.step import TrainStep
 from ressl.trainer import train
 
 STEPS, IMAGES = 3, 8
@@ -53,9 +55,8 @@ def trained(tmp_path: Path, accumulate: int = 1) -> ReSSL:
     runtime = Runtime(RunConfig(out_dir=tmp_path, device="cpu"))
     console = Console(file=io.StringIO())
     with Recorder(tmp_path, console, every=1, images=IMAGES, steps_per_epoch=STEPS, epochs=2) as recorder:
-        steps = train(
-            method, RandomBatches(accumulate), build_optimizer(method.student, optim), runtime, recorder, optim
-        )
+        step = TrainStep(method, build_optimizer(method.student, optim), runtime, accumulate=accumulate)
+        steps = train(step, RandomBatches(accumulate), recorder, optim)
     assert steps == 2 * STEPS
     return method
 
