@@ -19,7 +19,6 @@ if __name__ == "__main__" and sys.argv[1:] == ["doctor"]:  # it must work where 
 
     sys.exit(run_doctor(Console()))
 
-import errno
 import json
 import shlex
 import time
@@ -36,30 +35,28 @@ from pipelines import build_loaders, check_data
 from pipelines.loader import ViewStream, fused
 from pipelines.placement import settle
 from ressl import checkpoint
-from ressl.batch import DataError, Loaders
+from ressl.batch import Loaders
 from ressl.batchnorm import average_statistics_, normalised_together
+from ressl.compiled import not_compiled
 from ressl.config import Config
 from ressl.config_file import ConfigError, load_config
-from ressl.evals.features import NonFiniteFeatures
 from ressl.evals.protocol import check_probes
 from ressl.evals.protocol import evaluate as evaluate_backbone
 from ressl.method import build_method
-from ressl.optim import build_optimizer
-from ressl.recorder import NonFiniteLoss, Recorder
-from ressl.run_dir import RunDirError, check_run_dir, checkpoint_path, config_path, keep_metrics_until, make_run_dir
+from ressl.recorder import Recorder
+from ressl.run_dir import check_run_dir, checkpoint_path, config_path, keep_metrics_until, make_run_dir
 from ressl.runtime import MachineError, Runtime, launched, preferred_device
-from ressl.step import TrainStep
+from ressl.step import build_step
 from ressl.trainer import train
-from tools.convert import DiskFull
 from tools.convert import convert as convert_data
 from tools.decoding import shown_decoding
 from tools.doctor import run_doctor
 from tools.encode import Check, Format, Mode
+from tools.ending import exit_code
 from tools.evaluation import record_evaluation
-from tools.forked import WorkerDied
 from tools.plan import make_plan, print_plan, remarks
 from tools.preview import draw_views
-from tools.processes import ProcessesFailed, another_failed, end_with_launcher, first_to_fail, run_processes
+from tools.processes import end_with_launcher, run_processes
 from tools.quickstart import quickstart as run_quickstart
 from tools.terminal import plain_console, prepare_terminal
 from tools.verify import verify as verify_data
@@ -75,7 +72,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-STOPPED = 130  # exit code after Ctrl-C
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="values in place of the config's")
 ]
@@ -98,8 +94,8 @@ def run(cfg: Config, console: Console) -> float:
     normalised_together(cfg.encoder.batchnorm, per_rank, runtime.world_size)  # refuses a batch that cannot be split
     if cfg.run.knn_every:
         check_probes(loaders.probes, runtime.world_size)
-    method = build_method(cfg.method, cfg.encoder, runtime.collectives).to(runtime.device)
-    optimizer = build_optimizer(method.student, cfg.optim)
+    take_step = build_step(cfg, runtime)
+    method, optimizer = take_step.method, take_step.optimizer
 
     path, images = checkpoint_path(cfg.run.out_dir), loaders.probes.count("train")
     lock = make_run_dir(cfg) if runtime.is_main else nullcontext()
@@ -132,15 +128,15 @@ def run(cfg: Config, console: Console) -> float:
         if cfg.run.knn_every and (last or epochs % cfg.run.knn_every == 0):
             started = time.perf_counter()
             backbone = method.student.get_submodule("backbone")
-            found = evaluate_backbone(backbone, loaders.probes, cfg.evaluate, linear=False, gather=runtime.gather_rows)
+            with not_compiled():
+                found = evaluate_backbone(
+                    backbone, loaders.probes, cfg.evaluate, linear=False, gather=runtime.gather_rows
+                )
             recorder.evaluated(step, found, time.perf_counter() - started)
         recorder.restart_clock()  # what was done here is not training
 
     with lock, runtime.trackers(), recorder:
-        train(
-            TrainStep(method, optimizer, runtime, accumulate=cfg.optim.accumulate),
-            loaders.train, recorder, cfg.optim, start_step=start_step, on_epoch_end=on_epoch_end,
-        )  # fmt: skip
+        train(take_step, loaders.train, recorder, cfg.optim, start_step=start_step, on_epoch_end=on_epoch_end)
     return recorder.images_per_s
 
 
@@ -356,44 +352,10 @@ def _evaluate_for_quickstart(cfg: Config, console: Console, *, untrained: bool) 
     return evaluate_run(cfg, console, network="student", knn=True, linear=True, untrained=untrained)
 
 
-# --- errors ----------------------------------------------------------------------------------------------------------
-
-
 def main() -> int:
     """Runs the verb that was asked for. A person's mistake ends in one message and a code, never in a traceback."""
     prepare_terminal()
-    try:
-        return int(app() or 0)
-    except ProcessesFailed as failed:  # the process that failed has said why
-        return failed.exit_code
-    except (ConfigError, DataError, RunDirError) as error:
-        return _fail(error, 2)
-    except checkpoint.CheckpointError as error:
-        return _fail(error, 3)
-    except (MachineError, DiskFull, WorkerDied, checkpoint.SaveError) as error:
-        return _fail(error, 4)
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EMFILE)
-        return _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 4 if full else 2)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "out of memory"
-        return _fail(f"{reason}; lower optim.batch_size or method.queue_size, or raise optim.accumulate", 4)
-    except (NonFiniteLoss, NonFiniteFeatures, checkpoint.NonFiniteWeights) as error:
-        return _fail(error, 5)
-    except RuntimeError as error:
-        if another_failed():  # and this process lost touch with it
-            return 1
-        if "DefaultCPUAllocator" not in str(error):
-            raise
-        return _fail("out of memory; lower optim.batch_size or method.queue_size, or raise optim.accumulate", 4)
-    except SystemExit as stop:  # typer has said what there is to say, except after Ctrl-C
-        return _fail("stopped", STOPPED) if stop.code == STOPPED else int(stop.code or 0)
-
-
-def _fail(error: object, code: int) -> int:
-    if first_to_fail(code):
-        print(f"ressl: error: {error}", file=sys.stderr)
-    return code
+    return exit_code(app)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
+from accelerate.utils import DDPCommunicationHookType
 from torch import Tensor, nn
 
 from ressl.collectives import Collectives, alone
@@ -46,11 +47,12 @@ class Runtime:
         if not launched():
             AcceleratorState._reset_state(True)  # else a second run in a process would get the device of the first
         # broadcast_buffers=False: batch norm's statistics belong to each rank, and the queues agree without a broadcast
-        ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        hook = DDPCommunicationHookType.BF16 if cfg.gradient_compression == "bf16" else DDPCommunicationHookType.NO
+        self._ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True, comm_hook=hook)
         self._accelerator = Accelerator(
             cpu=cpu,
             mixed_precision=cfg.precision if cfg.precision in ("bf16", "fp16") else "no",
-            kwargs_handlers=[ddp],
+            kwargs_handlers=[self._ddp],
             log_with="tensorboard" if cfg.tensorboard else None,
             project_dir=str(cfg.out_dir) if cfg.tensorboard else None,
         )
@@ -73,8 +75,11 @@ class Runtime:
             _keep_freed_memory()
         self.collectives = _collectives(self.world_size) if self.world_size > 1 else alone()
 
-    def replicate(self, module: nn.Module) -> nn.Module:
-        """Moves `module` to the device; calls run under autocast and, with several ranks, average the gradients."""
+    def replicate(self, module: nn.Module, *, accumulate: int = 1) -> nn.Module:
+        """Moves `module` to the device; calls run under autocast and, with several ranks, average the gradients, which
+        travel once in `accumulate` backward passes."""
+        # the order of the gradients is learned once, not each step; torch excludes that where some are not sent
+        self._ddp.static_graph = accumulate == 1
         with warnings.catch_warnings():
             # its successor would also overwrite the buffers of each rank when it starts
             warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)

@@ -6,30 +6,51 @@ import torch
 from torch import Tensor, nn
 
 from ressl.batch import Batch
-from ressl.method import AnyMethod
-from ressl.optim import set_learning_rate_
+from ressl.compiled import compile_blocks_
+from ressl.config import Config
+from ressl.graphs import CapturedStep, Logs
+from ressl.method import AnyMethod, build_method
+from ressl.optim import build_optimizer, set_learning_rate_
 from ressl.runtime import Runtime
-
-Logs = list[dict[str, Tensor]]  # of each micro-batch, () tensors on the device
 
 
 class TrainStep:
-    """Makes the step of a run from its parts. It never waits for the device, but for fp16 without a fused optimizer."""
+    """The step of a run, made of its parts. It never makes the host wait for the device.
+
+    With `cuda_graphs` the optimizer must have been built `capturable`. The method is replicated here, over the ranks.
+    """
 
     def __init__(
-        self, method: AnyMethod, optimizer: torch.optim.Optimizer, runtime: Runtime, *, accumulate: int
+        self,
+        method: AnyMethod,
+        optimizer: torch.optim.Optimizer,
+        runtime: Runtime,
+        *,
+        accumulate: int = 1,
+        cuda_graphs: bool = False,
     ) -> None:
         self.method, self.runtime, self.accumulate = method, runtime, accumulate
-        self.replica: nn.Module = runtime.replicate(method)
+        self.captured: CapturedStep | None = None
+        if cuda_graphs:
+            self.momentum = torch.zeros((), device=runtime.device)
+            self.captured = CapturedStep(self._captured, runtime.device)
+        # gradients are accumulated on the stream on which the replica was made: the captured one, if there is one
+        with torch.cuda.stream(self.captured.side if self.captured else None):
+            self.replica: nn.Module = runtime.replicate(method, accumulate=accumulate)
         self.optimizer = runtime.prepare_optimizer(optimizer)
 
     def __call__(self, batches: Iterator[Batch], *, lr: float, momentum: float) -> Logs:
-        """Takes the next `accumulate` batches. `momentum` is the teacher's."""
+        """Takes the next `accumulate` batches, and returns the logs of each. `momentum` is the teacher's."""
         set_learning_rate_(self.optimizer, lr)
-        return self.run(batches, momentum)
+        if self.captured is None:
+            return self._run(batches, momentum)
+        self.momentum.fill_(momentum)
+        return self.captured(batches, count=self.accumulate)
 
-    def run(self, batches: Iterator[Batch], momentum: float | Tensor) -> Logs:
-        """The step with the learning rate that is set."""
+    def _captured(self, batches: Iterator[Batch]) -> Logs:
+        return self._run(batches, self.momentum)
+
+    def _run(self, batches: Iterator[Batch], momentum: float | Tensor) -> Logs:
         carries, logs = [], []
         for micro in range(self.accumulate):
             with self.runtime.micro_step(self.replica, last=micro == self.accumulate - 1):
@@ -37,10 +58,19 @@ class TrainStep:
                 self.runtime.backward(out.loss / self.accumulate)
             carries.append(out.carry)
             logs.append(out.logs)
-            del out  # the loss holds its graph
+            del out  # its loss holds the graph of this micro-batch
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         joined = (torch.cat(parts) for parts in zip(*carries, strict=True))
         # queue and teacher change here alone, when the backward pass is over
         self.method.after_step(*map(self.runtime.collectives.gather, joined), momentum=momentum)
         return logs
+
+
+def build_step(cfg: Config, runtime: Runtime) -> TrainStep:
+    """The step of a config's run, on the runtime's device, with the weights that torch's seed draws."""
+    method = build_method(cfg.method, cfg.encoder, runtime.collectives).to(runtime.device)
+    optimizer = build_optimizer(method.student, cfg.optim, capturable=cfg.run.cuda_graphs)
+    if cfg.run.compile:
+        compile_blocks_(method)
+    return TrainStep(method, optimizer, runtime, accumulate=cfg.optim.accumulate, cuda_graphs=cfg.run.cuda_graphs)

@@ -1,5 +1,7 @@
 """What only a GPU can show: the same draws and views as on the CPU, and a step that never makes the host wait."""
 
+from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -9,11 +11,11 @@ from rich.console import Console
 import launch
 from pipelines import build_loaders
 from pipelines.draws import uniforms
+from ressl.config import Config
 from ressl.config_file import load_config
-from ressl.method import build_method
-from ressl.optim import build_optimizer
+from ressl.graphs import WARM_UP, Logs
 from ressl.runtime import Runtime
-from ressl.step import TrainStep
+from ressl.step import build_step
 
 pytestmark = pytest.mark.gpu
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -50,30 +52,37 @@ def test_a_run_learns_in_every_precision(precision: str, tiny_config: Path, tmp_
     assert found["knn"] > 0.9
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{name: resident, train: DATA/train.safetensors}",
-        "{name: resident, train: DATA/folder/train, memory: host, pixels: yuv420}",
-        "{name: folder, train: DATA/folder/train}",
-        "{name: dali, train: DATA/folder/train}",
-    ],
-)
-def test_five_steady_steps_never_wait_for_the_device(source: str, tiny_config: Path, tiny_data: Path) -> None:
-    if "dali" in source:
-        pytest.importorskip("nvidia.dali")
-    overrides = ["run.device=auto", "run.precision=bf16", "optim.batch_size=8"]
-    cfg = load_config(tiny_config, [*overrides, f"data.source={source.replace('DATA', str(tiny_data))}"])
+def steps_of(cfg: Config) -> Callable[[], Logs]:
+    """A function that takes the next step of the config's run, over as many epochs as it is called for."""
     runtime = Runtime(cfg.run)
+    torch.manual_seed(cfg.run.seed)
     stream = build_loaders(cfg, device=runtime.device, dtype=runtime.dtype).train
-    method = build_method(cfg.method, cfg.encoder, runtime.collectives).to(runtime.device)
-    optimizer = build_optimizer(method.student, cfg.optim)
-    take_step, batches = TrainStep(method, optimizer, runtime, accumulate=1), stream.epoch(0)
+    take_step, batches = build_step(cfg, runtime), chain.from_iterable(map(stream.epoch, range(100)))
+    return lambda: take_step(batches, lr=0.01, momentum=0.99)
 
-    def step() -> None:
-        take_step(batches, lr=0.01, momentum=0.99)
 
-    for _ in range(3):
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["data.source={name: resident, train: DATA/train.safetensors}"],
+        ["data.source={name: resident, train: DATA/folder/train, memory: host, pixels: yuv420}"],
+        ["data.source={name: folder, train: DATA/folder/train}"],
+        ["data.source={name: dali, train: DATA/folder/train}"],
+        ["run.precision=fp16"],
+        ["run.compile=true"],
+        ["run.cuda_graphs=true"],
+        ["run.cuda_graphs=true", "run.compile=true", "optim.accumulate=2"],
+        ["optim={name: lars, epochs: 2, batch_size: 8, lr: 0.1, warmup_epochs: 0}"],
+        ["optim={name: adamw, epochs: 2, batch_size: 8, lr: 0.001, warmup_epochs: 0}", "run.cuda_graphs=true"],
+    ],
+    ids=lambda overrides: " ".join(overrides),
+)
+def test_five_steady_steps_never_wait_for_the_device(overrides: list[str], tiny_config: Path, tiny_data: Path) -> None:
+    if "dali" in overrides[0]:
+        pytest.importorskip("nvidia.dali")
+    given = [item.replace("DATA", str(tiny_data)) for item in overrides]
+    step = steps_of(load_config(tiny_config, ["run.device=auto", "run.precision=bf16", "optim.batch_size=8", *given]))
+    for _ in range(WARM_UP + 2):
         step()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -82,3 +91,14 @@ def test_five_steady_steps_never_wait_for_the_device(source: str, tiny_config: P
             step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("optim", ["sgd", "lars", "adamw"])
+def test_a_captured_step_trains_as_the_plain_one(optim: str, tiny_config: Path) -> None:
+    """Over the warm-up, the capture and replays, in which the views change and the memory is used again."""
+    base = ["run.device=auto", f"optim={{name: {optim}, epochs: 2, batch_size: 16, lr: 0.01, warmup_epochs: 0}}"]
+    losses = []
+    for graphs in ("false", "true"):
+        step = steps_of(load_config(tiny_config, [*base, f"run.cuda_graphs={graphs}"]))
+        losses.append(torch.stack([step()[0]["loss"].clone() for _ in range(2 * WARM_UP)]))
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=1e-3)
