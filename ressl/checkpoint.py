@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ressl.optim import load_optimizer_
+
 FORMAT = 1
 DIGEST_BYTES = hashlib.sha256().digest_size
 
@@ -114,9 +116,9 @@ def restore(
     try:
         method.load_state_dict(saved.method)
         if optimizer is not None:
-            optimizer.load_state_dict(dict(saved.optimizer))
+            load_optimizer_(optimizer, saved.optimizer)
     except (RuntimeError, ValueError, KeyError) as error:
         reasons = [line.strip() for line in str(error).splitlines() if "size mismatch" in line or "key(s)" in line]
         reason = (reasons or [str(error)])[0][:200]
-        raise CheckpointError(f"{path}: does not fit the configured encoder and method: {reason}") from None
+        raise CheckpointError(f"{path}: does not fit the configured encoder, method and optimizer: {reason}") from None
     return saved.step

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 class FeatureQueue(nn.Module):
     """A ring of the last K embeddings. `push` after backward: the loss's backward pass still reads `keys`.
 
-    The cursor lives on the device and is advanced there, so the host never waits for it. Both are buffers: a checkpoint
-    carries them.
+    The cursor lives on the device and is advanced there, so the host never waits for it and a CUDA graph can capture
+    `push`. Both are buffers: a checkpoint carries them.
     """
 
     keys: Tensor  # (K, D) float32 or bfloat16, rows of unit length
@@ -22,7 +22,8 @@ class FeatureQueue(nn.Module):
 
     @torch.no_grad()
     def push(self, keys: Tensor) -> None:
-        """Overwrites the oldest rows with `keys` (G, D) in their order. Of more than K rows, the last K stay."""
+        """Overwrites the oldest rows with `keys` (G, D) in their order, in the queue's type. Of more than K rows,
+        the last K stay."""
         size = self.keys.shape[0]
         skipped = max(0, len(keys) - size)
         place = torch.arange(skipped, len(keys), device=self.keys.device)

@@ -32,7 +32,7 @@ class TrainStep:
         self.method, self.runtime, self.accumulate = method, runtime, accumulate
         self.captured: CapturedStep | None = None
         if cuda_graphs:
-            self.momentum = torch.zeros((), device=runtime.device)
+            self.momentum = torch.zeros((), dtype=torch.float64, device=runtime.device)
             self.captured = CapturedStep(self._captured, runtime.device)
         # gradients are accumulated on the stream on which the replica was made: the captured one, if there is one
         with torch.cuda.stream(self.captured.side if self.captured else None):

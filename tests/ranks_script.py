@@ -9,10 +9,13 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from pipelines import build_loaders
 from ressl.batch import Batch
-from ressl.batchnorm import average_statistics_
+from ressl.batchnorm import average_statistics_, set_batchnorm_, shuffled, unshuffled
+from ressl.collectives import Collectives
+from ressl.config import BatchNorm, LocalBatchNorm, ShuffleBatchNorm, SplitBatchNorm, SyncBatchNorm
 from ressl.config_file import load_config
 from ressl.method import build_method
 from ressl.optim import build_optimizer
@@ -36,6 +39,48 @@ class Witness:
         for batch in self.loader.epoch(epoch, start_step):
             self.seen.append((batch.index.clone(), batch.weak[0].clone(), batch.strong[0].clone()))
             yield batch
+
+
+POLICIES: tuple[BatchNorm, ...] = (
+    LocalBatchNorm(),
+    SyncBatchNorm(name="sync"),
+    SplitBatchNorm(name="split", groups=4),
+    ShuffleBatchNorm(name="shuffle"),
+)
+
+
+def try_policy(policy: BatchNorm, collectives: Collectives, rank: int) -> dict[str, torch.Tensor]:
+    """What a batch-norm layer of the student and one of the teacher make of this rank's 8 images, in float64."""
+    draw = torch.Generator().manual_seed(rank)
+    images, coefficients = torch.randn(2, 8, 3, 4, 4, generator=draw, dtype=torch.float64)
+    images += torch.arange(8 * rank, 8 * rank + 8).view(-1, 1, 1, 1)  # every image has a mean of its own
+    student, teacher = nn.Sequential(nn.BatchNorm2d(3)).double(), nn.Sequential(nn.BatchNorm2d(3)).double()
+    with torch.no_grad():
+        student[0].weight.copy_(torch.tensor([0.5, 1.0, 2.0]))
+        student[0].bias.copy_(torch.tensor([-1.0, 0.0, 3.0]))
+    for net in (student, teacher):
+        set_batchnorm_(net, policy, collectives)
+    x = images.clone().requires_grad_()
+    out = student(x)
+    (out * coefficients).sum().backward()
+    keys = teacher(shuffled(policy, collectives, images))
+    found = {
+        "images": images, "coefficients": coefficients, "out": out.detach(), "gradient": x.grad,
+        "weight gradient": student[0].weight.grad, "bias gradient": student[0].bias.grad,
+        "mean": student[0].running_mean.clone(), "variance": student[0].running_var.clone(),
+        "keys": unshuffled(policy, collectives, keys.detach().flatten(1)).view_as(keys),
+        "teacher mean": teacher[0].running_mean.clone(), "teacher variance": teacher[0].running_var.clone(),
+    }  # fmt: skip
+    average_statistics_(student, collectives)
+    return found | {"averaged mean": student[0].running_mean, "averaged variance": student[0].running_var}
+
+
+def try_mean(collectives: Collectives, rank: int) -> dict[str, torch.Tensor]:
+    """The mean of this rank's numbers and the others', and its gradient where each rank weighs it its own way."""
+    numbers = (torch.arange(3.0) + 10 * rank).requires_grad_()
+    mean = collectives.mean(numbers)
+    (mean * torch.tensor([1.0, 2.0, 3.0]) * (rank + 1)).sum().backward()
+    return {"mean": mean.detach(), "gradient": numbers.grad}
 
 
 def main() -> None:
@@ -64,6 +109,9 @@ def main() -> None:
             "queue": method.queue.keys,
             "cursor": method.queue.cursor,
             "student": method.student.state_dict(),
+            "policies": {policy.name: try_policy(policy, runtime.collectives, runtime.rank) for policy in POLICIES},
+            "mean": try_mean(runtime.collectives, runtime.rank),
+            "gathered": runtime.collectives.gather(rows.clone().requires_grad_()),
             "exchanged": runtime.collectives.exchange(rows),
             "images": runtime.collectives.exchange(rows.view(-1, 1, 1, 1).expand(-1, 3, 2, 2)),
             "ragged": runtime.gather_rows(torch.full((runtime.rank + 1, 2), float(runtime.rank))),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 SCRIPT = Path(__file__).parent / "ranks_script.py"
 LAUNCH = "from tools.processes import run_processes; import sys; run_processes(sys.argv[2:], int(sys.argv[1]))"
@@ -90,15 +91,124 @@ def test_rows_of_unequal_number_are_gathered_in_rank_order(two: list[dict]) -> N
         assert rank["ragged"].tolist() == [[0, 0], [1, 1], [1, 1]]
 
 
-@pytest.mark.parametrize("policy", ["{name: shuffle}", "{name: split, groups: 2}"])
-def test_every_batch_norm_policy_trains_on_two_processes(policy: str, tiny: Path, tmp_path: Path) -> None:
-    ranks = run_script(tiny, tmp_path / "out", 2, f"encoder.batchnorm={policy}", "optim.epochs=1")
+def test_gathered_rows_come_in_rank_order_and_carry_no_gradient(two: list[dict]) -> None:
+    for rank in two:
+        assert rank["gathered"].flatten().tolist() == [0, 1, 2, 3, 4, 5, 6, 7, *range(100, 108)]
+        assert not rank["gathered"].requires_grad
+
+
+def test_a_mean_over_the_ranks_hands_back_the_mean_of_their_gradients(one: dict, two: list[dict]) -> None:
+    """So that the mean over the ranks of the gradients is that of the mean of their losses."""
+    assert one["mean"]["mean"].tolist() == [0, 1, 2] and one["mean"]["gradient"].tolist() == [1, 2, 3]
+    for rank in two:
+        assert rank["mean"]["mean"].tolist() == [5, 6, 7]
+        assert rank["mean"]["gradient"].tolist() == [1.5, 3, 4.5]  # of weights once and twice [1, 2, 3]
+
+
+# --- batch norm: each policy against plain layers, each of which sees one group of images ----------------------------
+
+
+def companies(policy: str, ranks: int) -> list[list[tuple[int, int]]]:
+    """The (rank, image) pairs that the policy normalises together."""
+    images = [[(rank, image) for image in range(8)] for rank in range(ranks)]
+    match policy:
+        case "local" | "shuffle":
+            return images
+        case "sync":
+            return [sum(images, [])]
+        case "split":
+            return [rank[first : first + 2] for rank in images for first in range(0, 8, 2)]
+    raise AssertionError(policy)
+
+
+def teacher_companies(policy: str, ranks: int) -> list[list[tuple[int, int]]]:
+    match policy:
+        case "shuffle":
+            share = 8 // ranks
+            return [
+                [(rank, image) for rank in range(ranks) for image in range(share * part, share * (part + 1))]
+                for part in range(ranks)
+            ]
+        case "split":  # of 4 groups of 2: the first images of the groups, then their second ones, cut anew
+            dealt = [[(rank, 2 * group + place) for place in range(2) for group in range(4)] for rank in range(ranks)]
+            return [rank[first : first + 2] for rank in dealt for first in range(0, 8, 2)]
+    return companies(policy, ranks)
+
+
+@pytest.mark.parametrize("policy", ["local", "sync", "split", "shuffle"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_each_policy_normalises_its_companies_as_plain_layers_would(
+    policy: str, ranks: int, one: dict, two: list[dict]
+) -> None:
+    found = [rank["policies"][policy] for rank in ([one], two)[ranks - 1]]
+    statistics: dict[int, list[nn.BatchNorm2d]] = {rank: [] for rank in range(ranks)}
+    affine = {rank: torch.zeros(2, 3, dtype=torch.float64) for rank in range(ranks)}
+    for company in companies(policy, ranks):
+        layer = nn.BatchNorm2d(3).double()
+        layer.load_state_dict({"weight": torch.tensor([0.5, 1, 2]), "bias": torch.tensor([-1.0, 0, 3])}, strict=False)
+        images, coefficients = (
+            torch.stack([found[r][key][i] for r, i in company]) for key in ("images", "coefficients")
+        )
+        out = layer(images.requires_grad_())
+        (out * coefficients).sum().backward()
+        for row, (rank, image) in enumerate(company):
+            torch.testing.assert_close(found[rank]["out"][image], out[row].detach())
+            torch.testing.assert_close(found[rank]["gradient"][image], images.grad[row])
+        for rank in {rank for rank, _ in company}:
+            statistics[rank].append(layer)
+            affine[rank] += torch.stack([layer.weight.grad, layer.bias.grad])
+    for rank, layers in statistics.items():
+        mean, variance = (torch.stack([getattr(x, f"running_{w}") for x in layers]).mean(0) for w in ("mean", "var"))
+        torch.testing.assert_close(found[rank]["mean"], mean)
+        torch.testing.assert_close(found[rank]["variance"], variance)
+    gradients = [torch.stack([rank["weight gradient"], rank["bias gradient"]]) for rank in found]
+    if policy == "sync":  # each rank holds the part of its own images
+        gradients = [torch.stack(gradients).sum(0)] * ranks
+    for rank in range(ranks):
+        torch.testing.assert_close(gradients[rank], affine[rank])
+
+
+@pytest.mark.parametrize("policy", ["local", "sync", "split", "shuffle"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_teacher_normalises_the_images_that_were_dealt_out_and_gives_them_back_in_order(
+    policy: str, ranks: int, one: dict, two: list[dict]
+) -> None:
+    found = [rank["policies"][policy] for rank in ([one], two)[ranks - 1]]
+    statistics: list[list[nn.BatchNorm2d]] = [[] for _ in range(ranks)]
+    dealt = teacher_companies(policy, ranks)
+    for number, company in enumerate(dealt):
+        layer = nn.BatchNorm2d(3).double()
+        out = layer(torch.stack([found[rank]["images"][image] for rank, image in company])).detach()
+        for row, (rank, image) in enumerate(company):
+            torch.testing.assert_close(found[rank]["keys"][image], out[row])
+        where = range(ranks) if policy == "sync" else [number * ranks // len(dealt)]
+        for rank in where:
+            statistics[rank].append(layer)
+    for rank, layers in enumerate(statistics):
+        mean, variance = (torch.stack([getattr(x, f"running_{w}") for x in layers]).mean(0) for w in ("mean", "var"))
+        torch.testing.assert_close(found[rank]["teacher mean"], mean)
+        torch.testing.assert_close(found[rank]["teacher variance"], variance)
+
+
+def test_averaged_statistics_are_the_mean_over_the_ranks(two: list[dict]) -> None:
+    ranks = [rank["policies"]["local"] for rank in two]
+    for what in ("mean", "variance"):
+        expected = (ranks[0][what] + ranks[1][what]) / 2
+        assert not torch.equal(ranks[0][what], ranks[1][what])
+        for rank in ranks:
+            torch.testing.assert_close(rank[f"averaged {what}"], expected)
+
+
+def test_the_shuffle_policy_trains_on_two_processes(tiny: Path, tmp_path: Path) -> None:
+    ranks = run_script(tiny, tmp_path / "out", 2, "encoder.batchnorm={name: shuffle}", "optim.epochs=1")
     assert torch.equal(ranks[0]["queue"], ranks[1]["queue"]) and ranks[0]["queue"].isfinite().all()
 
 
 def test_micro_batches_and_ranks_push_the_same_images_in_the_same_order(one: dict, tiny: Path, tmp_path: Path) -> None:
-    """Two ranks of two micro-batches. Sync batch norm sees other groups, so only the order is compared."""
-    ranks = run_script(tiny, tmp_path / "out", 2, *OVERRIDES, "optim.accumulate=2")
+    """Two ranks of two micro-batches, under the split policy. Batch norm sees other groups, so only the order is
+    compared."""
+    policy = "encoder.batchnorm={name: split, groups: 2}"
+    ranks = run_script(tiny, tmp_path / "out", 2, *OVERRIDES, "optim.accumulate=2", policy)
     steps = [torch.cat(parts) for parts in zip(*(rank["index"].split(8) for rank in ranks), strict=True)]
     assert torch.equal(torch.cat(steps), one["index"])
-    assert torch.equal(ranks[0]["queue"], ranks[1]["queue"])
+    assert torch.equal(ranks[0]["queue"], ranks[1]["queue"]) and ranks[0]["queue"].isfinite().all()

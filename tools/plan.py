@@ -14,7 +14,10 @@ from ressl.batch import Batch
 from ressl.batchnorm import normalised_together
 from ressl.collectives import alone
 from ressl.config import Config, LocalBatchNorm, Source, SyntheticSource
+from ressl.config_file import ConfigError
+from ressl.config_optim import AdamWConfig
 from ressl.method import build_method
+from ressl.runtime import MachineError, preferred_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,7 @@ def make_plan(cfg: Config, *, images: int, world_size: int) -> Plan:
         kept = _activations(method.student, Batch(weak=(views[0],), strong=tuple(views[1:]), index=index, label=index))
     half = 1 if cfg.run.precision == "fp32" else 2
     parameters = count_parameters(method.student)
+    momenta = 2 if isinstance(optim, AdamWConfig) else 1
     rows = per_rank * len(cfg.views.strong)
     return Plan(
         images=images,
@@ -59,8 +63,8 @@ def make_plan(cfg: Config, *, images: int, world_size: int) -> Plan:
         together=together,
         backbone=count_parameters(method.student.get_submodule("backbone")),
         projector=count_parameters(method.student.get_submodule("projector")),
-        # student, its gradient, its momentum and the teacher, all float32; the queue
-        state_bytes=4 * (4 * parameters + method.queue.keys.numel()),
+        # student, its gradient, its momenta and the teacher, all float32; the queue
+        state_bytes=4 * (3 + momenta) * parameters + method.queue.keys.nbytes,
         activation_bytes=4 // half * kept,
         logits_bytes=4 * 3 * rows * cfg.method.queue_size,
     )
@@ -87,6 +91,17 @@ def _activations(student: nn.Module, batch: Batch) -> int:
     return kept
 
 
+def on_processes(cfg: Config, gpus: int, processes: int) -> Config:
+    """The config for so many ranks on this machine. Raises what is wrong with such a number."""
+    if gpus and processes:
+        raise ConfigError("--gpus and --processes exclude each other: --processes is for the CPU")
+    if (gpus and cfg.run.device == "cpu") or (processes and cfg.run.device == "cuda"):
+        raise ConfigError(f"run.device={cfg.run.device} contradicts {'--gpus' if gpus else '--processes'}")
+    if gpus > torch.cuda.device_count():
+        raise MachineError(f"--gpus {gpus}, but torch sees {torch.cuda.device_count()} GPUs here: `launch.py doctor`")
+    return cfg.model_copy(update={"run": cfg.run.model_copy(update={"device": "cpu"})}) if processes else cfg
+
+
 def remarks(cfg: Config, world_size: int) -> list[str]:
     """What is allowed and yet may not be meant."""
     found = []
@@ -100,6 +115,8 @@ def remarks(cfg: Config, world_size: int) -> list[str]:
             "note: data.source.cache process keeps in memory what the order comes back to: with data.shuffle global, "
             "the whole file"
         )
+    if preferred_device(cfg.run).type == "cpu" and cfg.run.cuda_graphs:
+        found.append("note: run.cuda_graphs has nothing to capture on a CPU")
     return found
 
 
@@ -117,7 +134,8 @@ def print_plan(plan: Plan, cfg: Config, console: Console) -> None:
         "batch norm": f"{cfg.encoder.batchnorm.name}: {plan.together} images are normalised together",
         "steps": f"{plan.steps:,} = {optim.epochs} epochs x {plan.steps_per_epoch:,}; {plan.left_out:,} images left "
         "out of each epoch, others every time",
-        "learning rate": f"0 to {optim.peak_lr:g} in {optim.warmup_epochs:g} epochs, then to 0 on a cosine",
+        "learning rate": f"{optim.warmup_lr:g} to {optim.peak_lr:g} in {optim.warmup_epochs:g} epochs, "
+        f"then to {optim.final_lr:g} on a cosine",
         "memory": f"about {_size(total)} a process: weights, optimizer and queue {_size(plan.state_bytes)}, "
         f"activations {_size(plan.activation_bytes)}, "
         f"similarities {_size(plan.logits_bytes)}; images and libraries extra",

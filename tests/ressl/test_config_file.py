@@ -128,3 +128,39 @@ def test_a_config_cannot_be_changed(tiny_config: Path) -> None:
     cfg = load_config(tiny_config)
     with pytest.raises(ValueError, match="frozen"):
         cfg.optim.lr = 1.0  # type: ignore[misc]
+
+
+LARS = "{name: lars, epochs: 2, batch_size: 16, lr: 0.1, warmup_epochs: 0}"
+ADAMW = "{name: adamw, epochs: 2, batch_size: 16, lr: 0.001, warmup_epochs: 0}"
+
+
+@pytest.mark.parametrize(
+    ("optim", "override", "message"),
+    [
+        (LARS, "optim.nesterov=true", "optim.nesterov: unknown key"),
+        (LARS, "optim.trust_coefficient=0", "optim.trust_coefficient: expected greater than 0, got 0"),
+        (LARS, "optim.momentum=1", "optim.momentum: expected less than 1, got 1"),
+        (LARS, "optim.warmup_lr=0.2", "optim.warmup_lr: must not be above the highest rate 0.1, got 0.2"),
+        (LARS, "optim.accumulate=3", "optim.accumulate: must divide batch_size=16, got 3"),
+        (ADAMW, "optim.momentum=0.9", "optim.momentum: unknown key"),
+        (ADAMW, "optim.betas=[0.9, 1.0]", "optim.betas.1: expected less than 1, got 1.0"),
+        (ADAMW, "optim.eps=0", "optim.eps: expected greater than 0, got 0"),
+        (ADAMW, "optim.warmup_epochs=2", "optim.warmup_epochs: must be below epochs=2, got 2.0"),
+        (
+            "{name: sgd, epochs: 2, batch_size: 16, lr: 0.1, warmup_epochs: 0, lr_scaling: linear}",
+            "optim.final_lr=0.1",
+            "optim.final_lr: must not be above the highest rate 0.00625, lr scaled to batch_size=16, got 0.1",
+        ),
+        ("{name: adam}", "optim.epochs=2", "optim.name: adam is not one of sgd, lars, adamw"),
+    ],
+)
+def test_a_wrong_value_of_an_optimizer_is_named(optim: str, override: str, message: str, tiny_config: Path) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"{tiny_config}: 1 problem\n  {message}")):
+        load_config(tiny_config, [f"optim={optim}", override])
+
+
+@pytest.mark.parametrize("optim", [LARS, ADAMW])
+def test_every_optimizer_can_be_saved_and_read_again(optim: str, tiny_config: Path, tmp_path: Path) -> None:
+    cfg = load_config(tiny_config, [f"optim={optim}"])
+    save_config(cfg, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == cfg
