@@ -3,7 +3,7 @@
 # For `make gpu` on a host without network, where no .venv can be made.
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 
-.PHONY: help setup quickstart test check format gpu bench bench-loaders bench-convert
+.PHONY: help setup quickstart test check format gpu bench bench-step bench-loss bench-update bench-loaders bench-convert
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,9 @@ help:
 	@echo "make format       set up, then rewrite the code in the house's format"
 	@echo "make gpu IMAGES=FOLDER   the tests that need a GPU, then the benchmarks, with PYTHON ($(PYTHON)) as it is"
 	@echo "make bench        time the parts of the quickstart's step, on its data, with PYTHON as it is"
+	@echo "make bench-step   our step beside a plain port of the authors' and beside the networks alone"
+	@echo "make bench-loss   the relational loss, fused and in pieces, beside its definition"
+	@echo "make bench-update optimizer and teacher's update beside what moving their bytes takes"
 	@echo "make bench-loaders IMAGES=FOLDER   what our loaders cost beside others', on a folder of images or a .tar of one"
 	@echo "make bench-convert IMAGES=FOLDER   what our conversions cost beside tar, decoding and FFCV's writer, likewise"
 	@echo "make setup        only the set-up: .venv with PYTHON, if given, or a Python 3.12 or 3.11 that is found"
@@ -41,12 +44,22 @@ gpu:
 	@$(PYTHON) -m pytest -q -rs -m gpu || { code=$$?; \
 		[ $$code -ne 5 ] || echo "make gpu: no test in tests/ is marked gpu, so nothing was run"; exit $$code; }
 	@if [ -d runs/quickstart/data ]; then $(MAKE) --no-print-directory bench; \
-		else echo "make gpu: no benchmark without the quickstart's data: make quickstart makes it"; fi
+		else echo "make gpu: no benchmark of the quickstart without its data: make quickstart makes it"; fi
+	@$(MAKE) --no-print-directory bench-loss bench-update bench-step
 	@if [ -n "$(IMAGES)" ]; then $(MAKE) --no-print-directory bench-loaders; \
 		else echo "make gpu: no benchmark of the loaders without images: make gpu IMAGES=FOLDER, or a .tar of one"; fi
 
 bench:
 	@$(PYTHON) -m tools.bench configs/quickstart.yaml --out runs/bench
+
+bench-step:
+	@$(PYTHON) -m tools.bench_step --out runs/bench $(OPTIONS)
+
+bench-loss:
+	@$(PYTHON) -m tools.bench_loss --out runs/bench $(OPTIONS)
+
+bench-update:
+	@$(PYTHON) -m tools.bench_update configs/imagenet_resnet50_200ep_paper.yaml --out runs/bench $(OPTIONS)
 
 bench-loaders:
 	@[ -n "$(IMAGES)" ] || { echo "make bench-loaders: say which images: make bench-loaders IMAGES=FOLDER, or a .tar of one"; exit 2; }
