@@ -5,14 +5,14 @@ Every duration is in seconds, every rate a second, every list of durations has o
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import ValidationError
 
 from ressl.batch import DataError
 from ressl.config_parts import Section
 
-FORMAT = 1
+FORMAT: Final = 1
 Seconds = tuple[float, ...]
 Lane = Literal["loader", "device"]
 """loader: what prepares the next frames beside the step. device: what the step itself is made of, in order."""
@@ -52,6 +52,8 @@ class Runs(Section):
     synthetic: Seconds
     loader: Seconds
     wait: Seconds  # of each real step, the part in which the loop waited for its data
+    launch: Seconds = ()  # of each synthetic step on a GPU, the time that the host took to launch it
+    busy: float | None = None  # of a synthetic step on a GPU, the seconds in which it computed
 
 
 class Ceilings(Section):
@@ -93,6 +95,28 @@ class Verdict(Section):
     advice: tuple[Advice, ...]
 
 
+class Measured(Section):
+    """What was measured, before anybody judges it; by rank 0 where there are several. Names as in `Profile`."""
+
+    device: Literal["cpu", "cuda"]
+    world_size: int
+    images: int
+    cores: int  # that this rank's threads may run on
+    warm_up: int
+    stages: tuple[Stage, ...]
+    runs: Runs
+    ceilings: Ceilings
+    memory_peak: int
+    loader_scaling: tuple[Point, ...]
+    timeline: tuple[Span, ...]
+    total_steps: int
+    side: int  # pixels; the longer side of the images as they are stored, on average
+    set_bytes: float  # of all images of the training set, decoded
+    free_bytes: float  # where a resident set would lie: memory that this rank may take
+    speedups: dict[str, float]  # by line of the config: how much faster the step alone was with it, in this run
+    notes: tuple[str, ...]
+
+
 class Profile(Section):
     format: Literal[1] = FORMAT
     title: str  # name of the config
@@ -116,6 +140,7 @@ class Profile(Section):
     total_steps: int
     predicted_hours: float  # of training: no evaluations, no checkpoints
     verdict: Verdict
+    notes: tuple[str, ...] = ()  # what to know when reading the figures
 
 
 def read_profile(path: Path) -> Profile:
