@@ -85,6 +85,10 @@ class Runtime:
             warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
             return self._accelerator.prepare_model(module)
 
+    def autocast(self) -> AbstractContextManager[None]:
+        """As it is around the calls of a replica, for who calls its module in pieces."""
+        return self._accelerator.autocast()
+
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """The optimizer, unscaling fp16 gradients and leaving out steps that overflowed."""
         return self._accelerator.prepare_optimizer(optimizer, device_placement=False)
