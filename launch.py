@@ -24,6 +24,7 @@ import shlex
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -45,7 +46,7 @@ from ressl.evals.protocol import evaluate as evaluate_backbone
 from ressl.method import build_method
 from ressl.recorder import Recorder
 from ressl.run_dir import check_run_dir, checkpoint_path, config_path, keep_metrics_until, make_run_dir
-from ressl.runtime import MachineError, Runtime, launched, preferred_device
+from ressl.runtime import Runtime, launched, preferred_device
 from ressl.step import build_step
 from ressl.trainer import train
 from tools.convert import convert as convert_data
@@ -54,9 +55,13 @@ from tools.doctor import run_doctor
 from tools.encode import Check, Format, Mode
 from tools.ending import exit_code
 from tools.evaluation import record_evaluation
-from tools.plan import make_plan, print_plan, remarks
+from tools.nodes import check_nodes
+from tools.plan import make_plan, on_processes, print_plan, remarks
 from tools.preview import draw_views
 from tools.processes import end_with_launcher, run_processes
+from tools.profiling.compare import compare as compare_profiles
+from tools.profiling.report import print_profile, write_profile
+from tools.profiling.run import profile as take_profile
 from tools.quickstart import quickstart as run_quickstart
 from tools.terminal import plain_console, prepare_terminal
 from tools.verify import verify as verify_data
@@ -75,6 +80,8 @@ app = typer.Typer(
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", help="values in place of the config's")
 ]
+Gpus = Annotated[int, typer.Option(help="processes, one for each GPU of this machine", min=0)]
+Processes = Annotated[int, typer.Option(help="processes on the CPU, joined by gloo", min=0)]
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file such as those in configs/")]
 
 
@@ -203,7 +210,8 @@ def quickstart(
     Takes Fashion-MNIST (70,000 images; the Debian package, or a download), writes it as an FFCV file, draws a picture
     of weak and strong views, pretrains a small ResNet, and evaluates it before and after.
     """
-    run_quickstart(out, images, epochs, plain_console(), train=run, evaluate=_evaluate_for_quickstart, views=draw_views)
+    judge = partial(evaluate_run, network="student", knn=True, linear=True)
+    run_quickstart(out, images, epochs, plain_console(), train=run, evaluate=judge, views=draw_views)
 
 
 @app.command()
@@ -275,11 +283,50 @@ def views(
 
 
 @app.command()
+def profile(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="a YAML file such as those in configs/")
+    ] = None,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="directory for profile.json and profile.html")] = Path("runs/profile"),
+    gpus: Gpus = 0,
+    processes: Processes = 0,
+    seconds: Annotated[float, typer.Option(help="how long it may take, about", min=10)] = 120,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="write trace.json of some steps, for Chrome or Perfetto")
+    ] = False,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(metavar="A.json B.json", help="compare two profiles, take none")
+    ] = None,
+    tolerance: Annotated[float, typer.Option(help="--compare: how much slower B may be", min=0)] = 0.1,
+) -> None:
+    """Shows where the time of a run goes on this machine, what binds it, and which line of the config to change.
+
+    Times every stage of a step alone, and the whole step on the run's own data and on frames that lie ready. Trains
+    nothing. With --compare it ends with 1 where B is slower than A beyond the tolerance and the noise of both.
+    """
+    if compare:
+        raise typer.Exit(0 if compare_profiles(*compare, tolerance=tolerance, console=plain_console()) else 1)
+    if config is None:
+        raise ConfigError("profile: expected a CONFIG, or --compare A.json B.json")
+    cfg, console = on_processes(load_config(config, overrides or []), gpus, processes), plain_console()
+    found = take_profile(
+        cfg, console, title=config.stem, command=shlex.join(["python", *sys.argv]), processes=processes, gpus=gpus,
+        out=out, seconds=seconds, trace=trace,
+    )  # fmt: skip
+    print_profile(found, console)
+    console.print(*(f"wrote {path}" for path in write_profile(found, out)), sep="\n", soft_wrap=True)
+
+
+@app.command()
 def pretrain(
     config: ConfigFile,
     overrides: Overrides = None,
-    gpus: Annotated[int, typer.Option(help="processes, one for each GPU of this machine", min=0)] = 0,
-    processes: Annotated[int, typer.Option(help="processes on the CPU, joined by gloo", min=0)] = 0,
+    gpus: Gpus = 0,
+    processes: Processes = 0,
+    nodes: Annotated[int, typer.Option(help="machines; the same command is typed on each", min=1)] = 1,
+    node_rank: Annotated[int, typer.Option(help="which of them this is, from 0", min=0)] = 0,
+    rendezvous: Annotated[str | None, typer.Option(help="HOST:PORT of machine 0, where they meet")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print what the run would be, and stop")] = False,
 ) -> None:
     """Trains an encoder. A directory that holds this run's checkpoint goes on after it.
@@ -288,16 +335,10 @@ def pretrain(
     images over all processes, and so are the images of each step, their order and their views; what batch norm
     normalises together depends on the number of processes unless encoder.batchnorm is sync (--dry-run shows it).
     """
-    cfg = load_config(config, overrides or [])
-    if gpus and processes:
-        raise ConfigError("--gpus and --processes exclude each other: --processes is for the CPU")
-    if (gpus and cfg.run.device == "cpu") or (processes and cfg.run.device == "cuda"):
-        raise ConfigError(f"run.device={cfg.run.device} contradicts {'--gpus' if gpus else '--processes'}")
-    if gpus > torch.cuda.device_count():
-        raise MachineError(f"--gpus {gpus}, but torch sees {torch.cuda.device_count()} GPUs here: `launch.py doctor`")
-    if processes:
-        cfg = cfg.model_copy(update={"run": cfg.run.model_copy(update={"device": "cpu"})})
-    world_size, console = gpus or processes or 1, plain_console()
+    cfg = on_processes(load_config(config, overrides or []), gpus, processes)
+    check_nodes(nodes, node_rank, rendezvous, gpus or processes)
+    ranks, console = gpus or processes or 1, plain_console()
+    world_size = nodes * ranks
     if not launched():
         check_run_dir(cfg)
     if dry_run:
@@ -311,11 +352,12 @@ def pretrain(
         run(cfg, console)
         return
     if world_size > 1:
-        run_processes(sys.argv, world_size)
+        run_processes(sys.argv, ranks, nodes=nodes, node_rank=node_rank, rendezvous=rendezvous)
     else:
         run(cfg, console)
-    console.print(f"wrote {checkpoint_path(cfg.run.out_dir)}; evaluate it with", soft_wrap=True)
-    console.print(f"python launch.py evaluate {shlex.quote(str(cfg.run.out_dir))}", soft_wrap=True)
+    if node_rank == 0:
+        console.print(f"wrote {checkpoint_path(cfg.run.out_dir)}; evaluate it with", soft_wrap=True)
+        console.print(f"python launch.py evaluate {shlex.quote(str(cfg.run.out_dir))}", soft_wrap=True)
 
 
 @app.command()
@@ -346,10 +388,6 @@ def evaluate(
 def doctor() -> None:
     """Shows what this machine has and lacks, with the line to type for each thing missing."""
     raise typer.Exit(run_doctor(Console()))
-
-
-def _evaluate_for_quickstart(cfg: Config, console: Console, *, untrained: bool) -> dict[str, float]:
-    return evaluate_run(cfg, console, network="student", knn=True, linear=True, untrained=untrained)
 
 
 def main() -> int:

@@ -124,5 +124,7 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
     model, optimizer = trained(3)
     checkpoint.save(tmp_path / "c.pt", step=7, images=5, method=model, optimizer=optimizer)
     other, _ = trained(4)
-    with pytest.raises(CheckpointError, match="does not fit the configured encoder, method and optimizer: size mismatch"):
+    with pytest.raises(
+        CheckpointError, match="does not fit the configured encoder, method and optimizer: size mismatch"
+    ):
         checkpoint.restore(tmp_path / "c.pt", method=other)

@@ -1,0 +1,104 @@
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from ressl.batch import DataError
+from tools.profiling.record import Runs, Verdict, read_profile
+from tools.profiling.report import print_profile, write_profile
+
+
+def shown(profile, width: int) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    print_profile(profile, console)
+    return console.file.getvalue()
+
+
+def slow(profile):
+    """The same in steps of a minute, on eight GPUs."""
+    stages = [stage.model_copy(update={"seconds": tuple(1000 * s for s in stage.seconds)}) for stage in profile.stages]
+    runs = Runs(real=(61.234, 65.432), synthetic=(60.1, 60.2), loader=(0.1, 0.2), wait=(1.0, 2.0), launch=(0.3, 0.4))
+    return profile.model_copy(update={"stages": tuple(stages), "runs": runs, "device": "cuda", "world_size": 8})
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("change", [lambda profile: profile, slow])
+def test_nothing_is_cut_off_in_a_terminal_of_80_columns(made_profile, width: int, change):
+    profile = change(made_profile())
+    text = shown(profile, width)
+    assert "…" not in text
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= width
+    for words in (*(stage.name for stage in profile.stages), "real / synthetic", "memory peak", "decoding threads"):
+        assert words in text
+
+
+def test_the_stages_of_a_step_are_told_with_share_and_rate(made_profile):
+    line = next(line for line in shown(made_profile(), 80).splitlines() if line.strip().startswith("teacher"))
+    assert line.split() == [
+        "teacher",
+        "20.0",
+        "19.6",
+        "to",
+        "20.4",
+        "16",
+        "%",
+        "5,000",
+        "50.0",
+        "(50",
+        "%)",
+        "5.00",
+        "(50",
+        "%)",
+    ]
+
+
+def test_the_verdict_stands_last_with_lines_to_copy(made_profile):
+    advice = made_profile().verdict.advice[0].model_copy(update={"line": "launch.py convert " + "x" * 90})
+    verdict = Verdict(binding="views", sentence="Cutting the views binds.", advice=(advice,))
+    text = shown(made_profile(verdict=verdict), 80)
+    end = text[text.index("Verdict: cutting the views") :]
+    assert "Cutting the views binds." in end
+    assert f"  {advice.line}\n" in end
+    assert "1,000 images/s instead of 800 (1.25x), measured" in end
+
+
+def test_a_cpu_is_named_as_one(made_profile):
+    assert "Measured on a CPU" in shown(made_profile(), 80)
+    assert "Measured on a CPU" not in shown(made_profile(device="cuda"), 80)
+
+
+def test_a_title_steers_neither_the_terminal_nor_the_tables(made_profile):
+    text = shown(made_profile(title="a [red]b\x1b[2J"), 80)
+    assert "a [red]b" in text
+    assert "\x1b" not in text
+
+
+def test_what_was_not_measured_is_said_or_left_out(made_profile):
+    nothing = Runs(real=(), synthetic=(), loader=(), wait=())
+    text = shown(made_profile(stages=(), runs=nothing, loader_scaling=(), scaling=(), timeline=()), 80)
+    assert "not measured" in text
+    assert "decoding threads" not in text
+    assert "Verdict" in text
+
+
+def test_notes_are_kept(made_profile):
+    stage = made_profile().stages[0].model_copy(update={"note": "from the page cache"})
+    text = shown(made_profile(stages=(stage,), notes=("few rounds",)), 80)
+    assert "decode: from the page cache" in text
+    assert "few rounds" in text
+
+
+def test_the_files_hold_the_profile_and_nothing_else_is_left(made_profile, tmp_path: Path):
+    for title in ("first", "second"):
+        files = write_profile(made_profile(title=title), tmp_path / "new" / "out")
+        assert [file.name for file in files] == ["profile.json", "profile.html"]
+        assert read_profile(files[0]) == made_profile(title=title)
+        assert title in files[1].read_text()
+    assert sorted(path.name for path in files[0].parent.iterdir()) == ["profile.html", "profile.json"]
+
+
+def test_a_place_that_cannot_be_written_is_named(made_profile, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="file: cannot be written"):
+        write_profile(made_profile(), tmp_path / "file")

@@ -1,0 +1,118 @@
+"""`launch.py profile`: how fast a run is on this machine, what binds it, and what would change that."""
+
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+from rich.console import Console
+
+from pipelines import check_data
+from ressl.config import Config
+from ressl.runtime import preferred_device
+from tools.bench import machine
+from tools.profiling.measure import measure
+from tools.profiling.ranks import ROOT, fewer_processes, measure_fewer, measure_ranks
+from tools.profiling.record import Measured, Point, Profile
+from tools.profiling.verdict import judge
+
+TRACE = "trace.json"
+FEWER = 0.4  # share of the time for runs on fewer processes
+START_S = 10  # of processes that import and open everything
+
+
+def profile(
+    cfg: Config,
+    console: Console,
+    *,
+    title: str,
+    command: str,
+    processes: int,
+    gpus: int,
+    out: Path,
+    seconds: float,
+    trace: bool,
+) -> Profile:
+    """Measures the run of `cfg` on `gpus` or `processes` ranks, or in this process where both are 0.
+
+    It takes about `seconds`, or as long as a few steps do. It writes nothing, but for a trace of some steps to
+    `out`/trace.json on request. Raises DataError and MachineError as `pretrain` does, and ProcessesFailed, after which
+    a rank has said why.
+    """
+    count = gpus or processes or 1
+    check_data(cfg, preferred_device(cfg.run), count)
+    traced = None
+    if trace:
+        out.mkdir(parents=True, exist_ok=True)
+        traced = (out / TRACE).resolve()
+    others: tuple[Point, ...] = ()
+    notes: tuple[str, ...] = ()
+    until = perf_counter() + seconds
+    if count > 1:
+        measured = measure_ranks(cfg, count, seconds=(1 - FEWER) * seconds, trace=traced)
+        others, notes = _on_fewer(cfg, console, of=count, until=until)
+    else:
+        measured = measure(cfg, console, seconds=seconds, trace=traced)
+    for note in (*measured.notes, *notes):
+        console.print(f"note: {note}", soft_wrap=True)
+    return _join(cfg, measured, others, title=title, command=command, notes=(*measured.notes, *notes))
+
+
+def _on_fewer(cfg: Config, console: Console, *, of: int, until: float) -> tuple[tuple[Point, ...], tuple[str, ...]]:
+    """The curve's points below its last one, and why there are not more."""
+    points: list[Point] = []
+    notes: list[str] = []
+    counts = fewer_processes(of)
+    for number, count in enumerate(counts):
+        left = max(0.0, until - perf_counter())
+        console.print(f"the same on {count} of {of} processes, about {left:.0f} s left", soft_wrap=True)
+        share = left / (len(counts) - number)
+        match measure_fewer(cfg, count, of=of, seconds=max(1.0, share - START_S)):
+            case Point() as point:
+                points.append(point)
+            case str(reason):
+                notes.append(reason)
+    return tuple(points), tuple(notes)
+
+
+def _join(
+    cfg: Config, measured: Measured, fewer: tuple[Point, ...], *, title: str, command: str, notes: tuple[str, ...]
+) -> Profile:
+    images = measured.images * measured.world_size
+    itself = Point(count=measured.world_size, images_per_s=tuple(images / step for step in measured.runs.real))
+    return Profile(
+        title=title,
+        command=command,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        commit=_commit(),
+        machine=machine(),
+        config=cfg.model_dump(mode="json"),
+        device=measured.device,
+        precision=cfg.run.precision,
+        world_size=measured.world_size,
+        images=measured.images,
+        warm_up=measured.warm_up,
+        stages=measured.stages,
+        runs=measured.runs,
+        ceilings=measured.ceilings,
+        memory_peak=measured.memory_peak,
+        loader_scaling=measured.loader_scaling,
+        scaling=(*fewer, itself),
+        timeline=measured.timeline,
+        total_steps=measured.total_steps,
+        predicted_hours=measured.total_steps * median(measured.runs.real) / 3600,
+        verdict=judge(cfg, measured),
+        notes=notes,
+    )
+
+
+def _commit() -> str | None:
+    """Of the checkout that this file is in; None where there is none."""
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()
