@@ -352,7 +352,7 @@ def pretrain(
         run(cfg, console)
         return
     if world_size > 1:
-        run_processes(sys.argv, ranks, nodes=nodes, node_rank=node_rank, rendezvous=rendezvous)
+        run_processes(sys.argv, ranks, nodes=nodes, node_rank=node_rank, rendezvous=rendezvous, settings=repr(cfg))
     else:
         run(cfg, console)
     if node_rank == 0:

@@ -139,13 +139,13 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(pretrain, data, monkeypatch
         assert code == 2 and re.search(said, err) and err.count("\n") == 1, err
 
 
-def test_two_processes_hold_half_of_a_sharded_set_each_and_train_as_one_does(data, tiny_config, tmp_path):
-    source = f"data.source={{name: resident, train: {data / 'png'}, shards: 4}}"
-    batchnorm = "encoder.batchnorm={name: sync}"
-    for processes in (1, 2):
-        words = [str(launch.__file__), "pretrain", str(tiny_config), source, batchnorm]
-        words += [f"run.out_dir={tmp_path / str(processes)}", "--processes", str(processes)]
-        run_processes(words, processes)
+def test_two_processes_hold_half_of_a_sharded_set_each_and_train_as_one_does(pretrain, data, tiny_config, tmp_path):
+    source, batchnorm = "{name: resident, train: DATA/png, shards: 4}", "encoder.batchnorm={name: sync}"
+    outs = [f"run.out_dir={tmp_path / name}" for name in "12"]
+    assert pretrain(source, batchnorm, outs[0])[0] == 0
+    chosen = f"data.source={source.replace('DATA', str(data))}"
+    words = [str(launch.__file__), "pretrain", str(tiny_config), chosen, batchnorm, outs[1]]
+    run_processes([*words, "--processes", "2"], 2)
     one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
     assert len(one) == len(two) == 8
     assert all(abs(a - b) < 1e-4 for a, b in zip(one, two, strict=True))

@@ -71,38 +71,50 @@ def test_a_machine_that_tells_nothing_is_shared_out_too(tmp_path):
     assert [share(range(4), [None, None], rank, tmp_path) for rank in range(2)] == [[0, 1], [2, 3]]
 
 
+# Ranks that are forked off a process that has imported torch: each is as it would be by itself.
 SETTLE = """
-import os, threading, torch
+import os, sys, threading, torch
 from pipelines.placement import settle
-cores = settle({placement!r}, torch.device("cpu"))
-seen = []
-thread = threading.Thread(target=lambda: seen.append(os.sched_getaffinity(0)))
-thread.start(); thread.join()
-print(cores, len(seen[0]), sorted(seen[0])[0])
+for word in sys.argv[1:]:
+    placement, os.environ["LOCAL_RANK"] = word.split()
+    if os.fork():
+        os.wait()
+        continue
+    cores = settle(placement, torch.device("cpu"))
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(os.sched_getaffinity(0)))
+    thread.start(); thread.join()
+    print(cores, len(seen[0]), sorted(seen[0])[0], flush=True)
+    os._exit(0)
 """
 
 
-def settled(repo: Path, placement: str, rank: int, ranks: int) -> list[int]:
-    environment = os.environ | {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks), "PYTHONPATH": str(repo)}
-    script = SETTLE.format(placement=placement)
+@pytest.fixture(scope="module")
+def settled(repo: Path) -> dict[str, list[int]]:
+    """By placement and rank of two: the cores it is told, how many a thread of it may use, and the first of them."""
+    asked = ["auto 0", "auto 1", "none 0"]
+    environment = os.environ | {"LOCAL_WORLD_SIZE": "2", "PYTHONPATH": str(repo)}
     run = subprocess.run(
-        [sys.executable, "-c", script], env=environment, cwd=repo, capture_output=True, text=True, check=True
+        [sys.executable, "-c", SETTLE, *asked], env=environment, cwd=repo, capture_output=True, text=True, check=True
     )
-    return [int(word) for word in run.stdout.split()]
+    return {
+        word: [int(number) for number in line.split()]
+        for word, line in zip(asked, run.stdout.splitlines(), strict=True)
+    }
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
-def test_a_rank_and_the_threads_it_starts_keep_to_its_share(repo):
+def test_a_rank_and_the_threads_it_starts_keep_to_its_share(settled):
     total = len(os.sched_getaffinity(0))
-    first, second = (settled(repo, "auto", rank, 2) for rank in range(2))
+    first, second = settled["auto 0"], settled["auto 1"]
     assert first[0] == first[1] and second[0] == second[1]
     assert first[0] + second[0] == total
     assert first[2] != second[2]
 
 
-def test_without_placement_threads_run_anywhere_but_are_as_few(repo):
+def test_without_placement_threads_run_anywhere_but_are_as_few(settled):
     total = len(os.sched_getaffinity(0))
-    assert settled(repo, "none", 0, 2)[:2] == [max(1, total // 2), total]
+    assert settled["none 0"][:2] == [max(1, total // 2), total]
 
 
 def test_one_rank_keeps_all_cores():

@@ -315,6 +315,12 @@ def standing(root: dict[str, bytes], top: str, new: dict[str, bytes], old: dict[
     return "missing"
 
 
+def stands(out: Path, tops: list[str], new: dict[str, bytes], old: dict[str, bytes]) -> tuple[str, ...]:
+    """Where each output is."""
+    found = contents(out) if out.exists() else {}
+    return tuple(standing(found, top, new, old) for top in tops)
+
+
 @pytest.mark.parametrize(
     ("to", "again"), [("ffcv", False), ("tensor", True), ("webdataset", True)], ids=["new", "over older", "directories"]
 )
@@ -325,30 +331,34 @@ def test_a_death_at_any_system_call_loses_neither_the_old_data_nor_the_new(two_s
     work(dst=tmp_path / "old", max_side=8)
     new, old = contents(tmp_path / "new"), contents(tmp_path / "old")
     tops = sorted({name.split("/")[0] for name in new})
-    moments = set()
-    for deaths in count():
-        dst, report = quick / "out", tmp_path / "report"
-        shutil.rmtree(dst, ignore_errors=True)
-        if again:
-            shutil.copytree(tmp_path / "old", dst)
-        pid = start(report, partial(die_at, deaths + 1), lambda _: work(dst=dst))  # noqa: B023
-        if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != DEAD:
-            break
-        found = contents(dst) if dst.exists() else {}
-        moment = tuple(standing(found, top, new, old) for top in tops)
-        moments.add(moment)
-        assert not again or "missing" not in moment, (deaths, moment, sorted(found))
-        assert moment.count("aside") <= 1, (deaths, moment)
-        assert dict(zip(tops, moment, strict=True))["manifest.json"] != "new" or set(moment) == {"new"}, moment
-        try:
-            work(dst=dst)
-        except DataError as error:  # there is nothing to go on with where only the tidying was left
-            assert "exists already" in str(error)
-            assert not again
-            assert set(moment) == {"new"}
-        assert contents(dst) == new, deaths
-        assert names(dst) == tops, deaths
+    moments, deaths, ends = set(), 0, [DEAD, DEAD]
+    while ends[1] == DEAD:  # the second of them dies at the later call
+        # two at a time: the second dies one call later than the first
+        outs, reports = ([place / name for name in "01"] for place in (quick, tmp_path))
+        pids = []
+        for late, (out, report) in enumerate(zip(outs, reports, strict=True)):
+            shutil.rmtree(out, ignore_errors=True)
+            if again:
+                shutil.copytree(tmp_path / "old", out)
+            pids.append(start(report, partial(die_at, deaths + late + 1), lambda _: work(dst=out)))  # noqa: B023
+        ends = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        for out in outs[: ends.count(DEAD)]:
+            moment = stands(out, tops, new, old)
+            moments.add(moment)
+            assert not again or "missing" not in moment, (deaths, moment)
+            assert moment.count("aside") <= 1, (deaths, moment)
+            assert dict(zip(tops, moment, strict=True))["manifest.json"] != "new" or set(moment) == {"new"}, moment
+            try:
+                work(dst=out)
+            except DataError as error:  # there is nothing to go on with where only the tidying was left
+                assert "exists already" in str(error)
+                assert not again
+                assert set(moment) == {"new"}
+            assert contents(out) == new, deaths
+            assert names(out) == tops, deaths
+            deaths += 1
+    out, report = outs[1], reports[1]
     assert report.read_text() == "done\n"
-    assert contents(dst) == new
+    assert contents(out) == new
     assert deaths > 20
     assert len(moments) > (2 * len(tops) - 2 if again else len(tops)), moments  # all between the renames were met

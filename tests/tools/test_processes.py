@@ -1,0 +1,185 @@
+"""Several launchers start one run, its ranks in the order of the nodes, and end together whatever ends one of them."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+# Forks a launcher for each [node, port, count, command, log] that it reads and prints its process id; for a [pid] it
+# prints how that launcher has ended. So torch is imported once for all of them.
+DRIVER = """
+import json, os, sys
+from tools.processes import ProcessesFailed, run_processes
+
+for line in sys.stdin:
+    words = json.loads(line)
+    if len(words) == 1:
+        print(os.waitstatus_to_exitcode(os.waitpid(words[0], 0)[1]), flush=True)
+    elif pid := os.fork():
+        print(pid, flush=True)
+    else:
+        node, port, count, command, log = words
+        for stream in (1, 2):
+            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        code = 0
+        try:
+            run_processes(
+                command, count, nodes=2, node_rank=node, rendezvous=f"localhost:{port}", wait_s=20, silence_s=3
+            )
+        except ProcessesFailed as failed:
+            code = failed.exit_code
+        os._exit(code)
+"""
+
+# A rank that needs no torch. It tells who it is, in a file, and stays for some seconds.
+RANK = """
+import json, os, sys, time
+from pathlib import Path
+
+directory, node, seconds = sys.argv[1:]
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+me = {"node": int(node), "pid": os.getpid()} | {name: int(os.environ[name]) for name in names}
+path = Path(directory, f"rank{me['RANK']}")
+path.with_suffix(".new").write_text(json.dumps(me))
+path.with_suffix(".new").rename(path)
+time.sleep(float(seconds))
+"""
+
+# A rank of a training run: all meet, then rank 1 fails while the other waits for it.
+TRAINING = """
+import sys
+from pathlib import Path
+import torch
+from ressl.config import RunConfig
+from ressl.runtime import Runtime
+from tools.processes import another_failed, first_to_fail
+
+directory, node, _ = sys.argv[1:]
+runtime = Runtime(RunConfig(out_dir=Path(directory), device="cpu"))
+met = runtime.gather_rows(torch.tensor([[runtime.rank, int(node)]])).tolist()
+print("met", met, "of", runtime.world_size, flush=True)
+if runtime.rank == 1:
+    if first_to_fail(3):
+        print("ressl: error: the reason", flush=True)
+    sys.exit(3)
+try:
+    runtime.wait_for_everyone()
+except RuntimeError:
+    sys.exit(1 if another_failed() else "a traceback")
+"""
+
+
+class Launchers:
+    """Launchers on this machine, as if each were on one of its own. `ranks` were told of by those of RANK."""
+
+    def __init__(self, directory: Path, driver: subprocess.Popen[str]) -> None:
+        self.directory, self.driver, self.ranks = directory, driver, list[dict]()
+        with socket.create_server(("localhost", 0)) as probe:
+            self.port = probe.getsockname()[1]
+
+    def ask(self, *words: object) -> int:
+        assert self.driver.stdin and self.driver.stdout
+        print(json.dumps(words), file=self.driver.stdin, flush=True)
+        return int(self.driver.stdout.readline())
+
+    def start(self, node: int, program: str, *, count: int = 1, seconds: float = 60) -> int:
+        """The launcher's process id."""
+        script = self.directory / "rank.py"
+        script.write_text(program)
+        command = [str(script), str(self.directory), str(node), str(seconds)]
+        return self.ask(node, self.port, count, command, str(self.directory / f"node{node}.log"))
+
+    def await_ranks(self, count: int) -> list[dict]:
+        paths = [self.directory / f"rank{rank}" for rank in range(count)]
+        deadline = time.monotonic() + 20
+        while not all(path.exists() for path in paths):
+            assert time.monotonic() < deadline, self.errors(0) + self.errors(1)
+            time.sleep(0.02)
+        self.ranks = [json.loads(path.read_text()) for path in paths]
+        return self.ranks
+
+    def errors(self, node: int) -> list[str]:
+        lines = (self.directory / f"node{node}.log").read_text().splitlines()
+        return [line for line in lines if " waits " not in line]
+
+
+@pytest.fixture(scope="module")
+def driver(repo: Path) -> Iterator[subprocess.Popen[str]]:
+    environment = os.environ | {"PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-c", DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        yield process
+
+
+@pytest.fixture
+def launchers(driver: subprocess.Popen[str], tmp_path: Path) -> Iterator[Launchers]:
+    launchers = Launchers(tmp_path, driver)
+    yield launchers
+    for rank in launchers.ranks:
+        with suppress(ProcessLookupError):
+            os.kill(rank["pid"], signal.SIGKILL)
+
+
+def test_ranks_are_numbered_by_node_whichever_comes_first(launchers: Launchers) -> None:
+    one = launchers.start(1, RANK, count=2, seconds=0.2)
+    time.sleep(0.3)
+    zero = launchers.start(0, RANK, count=2, seconds=0.2)
+    assert [launchers.ask(zero), launchers.ask(one)] == [0, 0]
+    ranks = [(rank["node"], rank["LOCAL_RANK"]) for rank in launchers.await_ranks(4)]
+    assert ranks == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert {(rank["WORLD_SIZE"], rank["LOCAL_WORLD_SIZE"]) for rank in launchers.ranks} == {(4, 2)}
+    assert launchers.errors(0) == launchers.errors(1) == []
+
+
+def test_ranks_of_two_nodes_meet_and_a_failure_is_told_once_on_each(launchers: Launchers) -> None:
+    zero, one = (launchers.start(node, TRAINING) for node in (0, 1))
+    assert [launchers.ask(zero), launchers.ask(one)] == [3, 3]
+    met = "met [[0, 0], [1, 1]] of 2"
+    assert launchers.errors(1) == [met, "ressl: error: the reason"]
+    assert launchers.errors(0) == [met, f"ressl: error: node 1 ({socket.gethostname()}) failed, exit code 3"]
+
+
+@pytest.mark.parametrize("node", [0, 1])
+@pytest.mark.parametrize(
+    ("sent", "code", "words"),
+    [
+        (signal.SIGINT, 130, "was stopped, exit code 130"),
+        (signal.SIGKILL, 4, "was lost: its launcher was killed, or the network failed"),
+        (signal.SIGSTOP, 4, "was lost: not heard of for 3 s"),
+    ],
+)
+def test_a_launcher_that_ends_ends_the_other_with_one_message(
+    launchers: Launchers, node: int, sent: signal.Signals, code: int, words: str
+) -> None:
+    pids = [launchers.start(number, RANK) for number in (0, 1)]
+    ranks, began = launchers.await_ranks(2), time.monotonic()
+    os.kill(pids[node], sent)
+    other = 1 - node
+    assert launchers.ask(pids[other]) == code
+    assert time.monotonic() - began < 10  # of the 60 s that the ranks would stay
+    assert launchers.errors(other) == [f"ressl: error: node {node} ({socket.gethostname()}) {words}"]
+    with pytest.raises(ProcessLookupError):
+        os.kill(ranks[other]["pid"], 0)
+    os.kill(pids[node], signal.SIGKILL)
+    launchers.ask(pids[node])
+
+
+def test_a_rank_that_is_killed_ends_the_ranks_of_all_nodes(launchers: Launchers) -> None:
+    pids = [launchers.start(number, RANK, count=2) for number in (0, 1)]
+    ranks = launchers.await_ranks(4)
+    os.kill(ranks[2]["pid"], signal.SIGKILL)
+    assert [launchers.ask(pid) for pid in pids] == [4, 4]
+    assert launchers.errors(0) == [f"ressl: error: node 1 ({socket.gethostname()}) failed, exit code 4"]
+    assert launchers.errors(1) == ["ressl: error: a process was killed by SIGKILL (out of memory?)"]
+    for rank in ranks:
+        with pytest.raises(ProcessLookupError):
+            os.kill(rank["pid"], 0)
