@@ -235,9 +235,9 @@ class ReSSLConfig(Section):
     """How the queue is stored. bfloat16: half the memory and half the reading, similarities off by up to 0.002."""
     loss_impl: Literal["auto", "torch", "chunked", "triton"] = "auto"
     """torch: the definition. chunked: never holds all similarities at once. triton: fused, for GPUs. auto: triton on
-    CUDA; elsewhere the definition, or chunked where its similarities would be large."""
+    CUDA where loss_precision is tf32 or bf16, else the definition while its similarities are small, else chunked."""
     loss_precision: Literal["float32", "tf32", "bf16"] = "float32"
-    """Of the factors of the similarities in `triton`; sums are float32 in all of them."""
+    """Of the factors of the similarities in `triton`; sums are float32 in all of them, and so is all else."""
 
 
 Method = ReSSLConfig  # ReSSLConfig | WCLConfig | ..., told apart by name, once there are more

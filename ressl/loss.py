@@ -10,7 +10,7 @@ so one pass over the queue gives loss and gradient, row by row, and only a tile 
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -24,7 +24,7 @@ LossPrecision = Literal["float32", "tf32", "bf16"]
 Fused = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]  # ..., queue, whether with gradient
 
 SMALL = 64 << 20  # bytes of one matrix of similarities up to which `auto` takes the definition
-TILE = 8 << 20  # bytes of similarities that `chunked` holds
+TILE = {"cpu": 8 << 20, "cuda": 64 << 20}  # bytes of similarities that `chunked` holds: caches, launches
 TILE_ROWS = 1024  # of these similarities, at most
 WIDEST = 512  # numbers of an embedding, for `triton`
 
@@ -51,14 +51,14 @@ def relational_loss(
     0.002, which a temperature of 0.04 makes 0.05 in the exponent.
 
     `impl` torch: the definition.  chunked: the same from tiles of the similarities, float32 and float64, any device.
-    triton: fused, float32, D up to 512; `precision` is of the factors of its products. auto: triton where it can be,
-    else the definition while its similarities are small, else chunked. The latter three compute the gradient in the
-    forward pass: the queue may change after it. Raises DataError where triton is asked for and cannot be.
+    triton: fused, float32, D up to 512; `precision` is of the factors of its products. auto: see `chosen`. chunked and
+    triton compute the gradient in the forward pass: the queue may change after it. Raises DataError where triton is
+    asked for and cannot be.
     """
     compute = torch.promote_types(student.dtype, torch.float32)
     rows, teacher = student.to(compute), teacher.detach().to(compute)
     with torch.autocast(student.device.type, enabled=False):
-        match _resolved(impl, rows, queue):
+        match chosen(impl, precision, rows.shape, len(queue), rows.dtype, on_gpu=rows.is_cuda):
             case "torch":
                 loss = _definition(rows, teacher, queue, student_temperature, teacher_temperature)
             case "chunked":
@@ -68,22 +68,29 @@ def relational_loss(
     return loss.to(student.dtype)
 
 
-def _resolved(impl: LossImpl, student: Tensor, queue: Tensor) -> Literal["torch", "chunked", "triton"]:
-    """What is to be done. `student` is of the type that is computed in."""
-    fits = student.dtype == torch.float32 and student.shape[1] <= WIDEST
+def chosen(
+    impl: LossImpl, precision: LossPrecision, shape: Sequence[int], keys: int, dtype: torch.dtype, *, on_gpu: bool
+) -> Literal["torch", "chunked", "triton"]:
+    """What is done for a student's rows of `shape` (V * B, D) and `dtype` against so many keys. Raises DataError.
+
+    auto: triton on a GPU for tf32 and bf16, which its matrix units multiply. For float32 they do not, and the library's
+    products are the fastest: the definition while its similarities are small, else chunked.
+    """
+    rows, dim = shape
+    fits = dtype == torch.float32 and dim <= WIDEST
     if impl == "triton":
-        if not student.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
             raise DataError("method.loss_impl=triton needs a GPU: loss_impl=auto takes what there is")
         if not fits:
             raise DataError(
-                f"method.loss_impl=triton takes float32 embeddings of up to {WIDEST} numbers, not {student.dtype} of "
-                f"{student.shape[1]}: loss_impl=chunked takes all"
+                f"method.loss_impl=triton takes float32 embeddings of up to {WIDEST} numbers, not {dtype} of {dim}: "
+                "loss_impl=chunked takes all"
             )
     if impl != "auto":
         return impl
-    if student.is_cuda and fits:
+    if on_gpu and fits and precision != "float32":
         return "triton"
-    return "torch" if len(student) * len(queue) * student.element_size() <= SMALL else "chunked"
+    return "torch" if rows * keys * dtype.itemsize <= SMALL else "chunked"
 
 
 def _definition(
@@ -157,7 +164,7 @@ def _attend(rows: Tensor, queue: Tensor, temperature: float, *, averages: bool) 
     lse = rows.new_empty(len(rows))
     average = torch.zeros_like(rows) if averages else None
     high = max(1, min(TILE_ROWS, len(rows)))
-    wide = max(1, min(TILE // (high * rows.element_size()), len(queue)))
+    wide = max(1, min(TILE[rows.device.type] // (high * rows.element_size()), len(queue)))
     tile = rows.new_empty(high * wide)
     for at in range(0, len(rows), high):
         x = rows[at : at + high]

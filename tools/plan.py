@@ -16,6 +16,7 @@ from ressl.collectives import alone
 from ressl.config import Config, LocalBatchNorm, Source, SyntheticSource
 from ressl.config_file import ConfigError
 from ressl.config_optim import AdamWConfig
+from ressl.loss import chosen
 from ressl.method import build_method
 from ressl.runtime import MachineError, preferred_device
 
@@ -32,7 +33,7 @@ class Plan:
     projector: int  # parameters
     state_bytes: int  # weights, gradients, momentum and queue of one rank
     activation_bytes: int  # of one rank and micro-batch, kept for the backward pass
-    logits_bytes: int  # of the similarities to the queue, likewise
+    logits_bytes: int  # of the similarities to the queue, likewise; 0 where they are never held all at once
 
 
 def make_plan(cfg: Config, *, images: int, world_size: int) -> Plan:
@@ -53,7 +54,16 @@ def make_plan(cfg: Config, *, images: int, world_size: int) -> Plan:
     half = 1 if cfg.run.precision == "fp32" else 2
     parameters = count_parameters(method.student)
     momenta = 2 if isinstance(optim, AdamWConfig) else 1
-    rows = per_rank * len(cfg.views.strong)
+    rows, keys = per_rank * len(cfg.views.strong), cfg.method.queue_size
+    on_gpu = preferred_device(cfg.run).type == "cuda"
+    loss = chosen(
+        cfg.method.loss_impl,
+        cfg.method.loss_precision,
+        (rows, cfg.method.embed_dim),
+        keys,
+        torch.float32,
+        on_gpu=on_gpu,
+    )
     return Plan(
         images=images,
         world_size=world_size,
@@ -66,7 +76,7 @@ def make_plan(cfg: Config, *, images: int, world_size: int) -> Plan:
         # student, its gradient, its momenta and the teacher, all float32; the queue
         state_bytes=4 * (3 + momenta) * parameters + method.queue.keys.nbytes,
         activation_bytes=4 // half * kept,
-        logits_bytes=4 * 3 * rows * cfg.method.queue_size,
+        logits_bytes=4 * 3 * rows * keys if loss == "torch" else 0,
     )
 
 

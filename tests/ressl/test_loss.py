@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ressl import loss as loss_module
 from ressl.batch import DataError
-from ressl.loss import LossImpl, relational_loss
+from ressl.loss import LossImpl, chosen, relational_loss
 
 
 def unit(*shape: int, seed: int) -> Tensor:
@@ -114,7 +114,7 @@ def loss_and_gradient(
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles that are smaller than any of these matrices and divide none of them."""
     monkeypatch.setattr(loss_module, "TILE_ROWS", 7)
-    monkeypatch.setattr(loss_module, "TILE", 7 * 13 * 4)
+    monkeypatch.setattr(loss_module, "TILE", dict.fromkeys(loss_module.TILE, 7 * 13 * 4))
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -215,13 +215,20 @@ def test_compiling_what_is_around_leaves_it_as_it_is() -> None:
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
 
 
-def test_auto_takes_chunks_where_the_similarities_would_be_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    student, queue = torch.zeros(8, 4), torch.zeros(100, 4)
+def test_auto_takes_what_suits_the_device_the_precision_and_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_module, "SMALL", 8 * 100 * 4)
-    assert loss_module._resolved("auto", student, queue) == "torch"
-    assert loss_module._resolved("auto", student.double(), queue) == "chunked"
-    monkeypatch.setattr(loss_module, "SMALL", 8 * 100 * 4 - 1)
-    assert loss_module._resolved("auto", student, queue) == "chunked"
+    small, double, large = (torch.float32, 100), (torch.float64, 100), (torch.float32, 101)
+    for precision, on_gpu, (dtype, keys), expected in (
+        ("float32", False, small, "torch"),
+        ("float32", True, small, "torch"),
+        ("float32", True, large, "chunked"),
+        ("tf32", False, large, "chunked"),
+        ("tf32", True, small, "triton"),
+        ("bf16", True, large, "triton"),
+        ("bf16", True, double, "chunked"),
+    ):
+        assert chosen("auto", precision, (8, 4), keys, dtype, on_gpu=on_gpu) == expected
+    assert chosen("auto", "bf16", (8, 513), 100, torch.float32, on_gpu=True) == "torch"
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -244,7 +251,7 @@ def test_triton_is_refused_where_it_cannot_be(device: str, monkeypatch: pytest.M
 PEAK = """
 import torch
 from torch.nn import functional as F
-from ressl.loss import relational_loss
+from ressl.loss import chosen, relational_loss
 
 def level(field):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field))

@@ -25,7 +25,20 @@ def test_five_crops_keep_as_much_more_as_they_have_pixels() -> None:
         for name in ("", "_5crops")
     )
     assert five.activation_bytes / one.activation_bytes == pytest.approx(2.76, abs=0.1)
-    assert five.logits_bytes == 5 * one.logits_bytes
+    assert one.logits_bytes > 0 and five.logits_bytes == 0  # five times as many similarities are taken in tiles
+
+
+def test_the_optimizer_and_the_queue_take_what_they_are() -> None:
+    path, adamw = (
+        CONFIGS / "cifar10_resnet18_paper.yaml",
+        "{name: adamw, epochs: 2, batch_size: 256, lr: 0.001, warmup_epochs: 0}",
+    )
+    sgd, two_momenta, half_queue = (
+        make_plan(load_config(path, overrides), images=10_000, world_size=1)
+        for overrides in ([], [f"optim={adamw}"], ["method.queue_dtype=bfloat16"])
+    )
+    assert two_momenta.state_bytes - sgd.state_bytes == 4 * (sgd.backbone + sgd.projector)
+    assert sgd.state_bytes - half_queue.state_bytes == 2 * 128 * 4096
 
 
 def test_processes_that_do_not_divide_the_batch_are_refused() -> None:
