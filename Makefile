@@ -3,7 +3,8 @@
 # For `make gpu` on a host without network, where no .venv can be made.
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 
-.PHONY: help setup quickstart test check format gpu bench bench-step bench-loss bench-update bench-loaders bench-convert
+.PHONY: help setup quickstart test check format gpu bench bench-step bench-loss bench-update bench-profile bench-loaders \
+	bench-convert
 .DEFAULT_GOAL := help
 
 help:
@@ -16,6 +17,7 @@ help:
 	@echo "make bench-step   our step beside a plain port of the authors' and beside the networks alone"
 	@echo "make bench-loss   the relational loss, fused and in pieces, beside its definition"
 	@echo "make bench-update optimizer and teacher's update beside what moving their bytes takes"
+	@echo "make bench-profile IMAGES=FOLDER   profiles of a ResNet-50 at 224 pixels, its images from FFCV, DALI and memory"
 	@echo "make bench-loaders IMAGES=FOLDER   what our loaders cost beside others', on a folder of images or a .tar of one"
 	@echo "make bench-convert IMAGES=FOLDER   what our conversions cost beside tar, decoding and FFCV's writer, likewise"
 	@echo "make setup        only the set-up: .venv with PYTHON, if given, or a Python 3.12 or 3.11 that is found"
@@ -46,7 +48,7 @@ gpu:
 	@if [ -d runs/quickstart/data ]; then $(MAKE) --no-print-directory bench; \
 		else echo "make gpu: no benchmark of the quickstart without its data: make quickstart makes it"; fi
 	@$(MAKE) --no-print-directory bench-loss bench-update bench-step
-	@if [ -n "$(IMAGES)" ]; then $(MAKE) --no-print-directory bench-loaders; \
+	@if [ -n "$(IMAGES)" ]; then $(MAKE) --no-print-directory bench-profile bench-loaders; \
 		else echo "make gpu: no benchmark of the loaders without images: make gpu IMAGES=FOLDER, or a .tar of one"; fi
 
 bench:
@@ -60,6 +62,21 @@ bench-loss:
 
 bench-update:
 	@$(PYTHON) -m tools.bench_update configs/imagenet_resnet50_200ep_paper.yaml --out runs/bench $(OPTIONS)
+
+# Each image is listed COPIES times, so that a small sample makes epochs of a length at which a loader runs evenly.
+COPIES ?= 25
+WITH = optim.batch_size=256 optim.warmup_epochs=0 $(OPTIONS) --out runs/bench/profile
+SHARDS = runs/bench/profile/shards
+BETON = runs/bench/profile/ffcv/train.beton
+bench-profile:
+	@[ -d "$(IMAGES)" ] || { echo "make bench-profile: say which images: make bench-profile IMAGES=FOLDER"; exit 2; }
+	@rm -rf runs/bench/profile && mkdir -p runs/bench/profile/files
+	@for i in $$(seq $(COPIES)); do cp -rs "$(abspath $(IMAGES))" runs/bench/profile/files/$$i || exit; done
+	@$(PYTHON) launch.py convert runs/bench/profile/files runs/bench/profile/ffcv --to ffcv --max-side 500
+	@$(PYTHON) launch.py convert runs/bench/profile/files $(SHARDS) --to webdataset
+	@$(PYTHON) launch.py profile configs/imagenet_resnet50_200ep_fast.yaml "data.source={name: ffcv, train: $(BETON)}" $(WITH)-ffcv
+	@$(PYTHON) launch.py profile configs/imagenet_resnet50_200ep_fast.yaml "data.source={name: dali, train: $(SHARDS)/train}" $(WITH)-dali
+	@$(PYTHON) launch.py profile configs/imagenet_resnet50_200ep_fast.yaml "data.source={name: resident, train: $(BETON)}" $(WITH)-resident
 
 bench-loaders:
 	@[ -n "$(IMAGES)" ] || { echo "make bench-loaders: say which images: make bench-loaders IMAGES=FOLDER, or a .tar of one"; exit 2; }
