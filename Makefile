@@ -3,6 +3,9 @@
 # For `make gpu` on a host without network, where no .venv can be made.
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 
+# Processes that share the tests, each with one thread: a test seldom keeps two cores busy.
+WORKERS ?= 2
+
 .PHONY: help setup quickstart test check format gpu bench bench-step bench-loss bench-update bench-profile bench-loaders \
 	bench-convert
 .DEFAULT_GOAL := help
@@ -29,7 +32,7 @@ quickstart: setup
 	@.venv/bin/python launch.py quickstart
 
 test: setup
-	@.venv/bin/python -m pytest -q
+	@.venv/bin/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 check: setup
 	@.venv/bin/python -m ruff check --quiet .

@@ -64,7 +64,7 @@ def _fill(stream: Iterator[Frames], device: torch.device, ready: queue.Queue, le
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     """One for the life of the process: memory that was freed on one stream is not used again on another, so a stream
     for each epoch would keep a few batches for ever."""
-    return torch.cuda.Stream(device)
+    return torch.cuda.Stream(device, priority=-1)  # a pool of its own: see ressl/graphs.py
 
 
 def _copy(frames: Frames, device: torch.device, side: torch.cuda.Stream) -> tuple[Frames, torch.cuda.Event]:

@@ -18,6 +18,7 @@ def compile_blocks_(module: nn.Module, *, backend: Backend = "inductor") -> int:
     Each shape of views is compiled apart, as kernels for one shape are faster. Names and weights stay as they are.
     `aot_eager` finds out what can be compiled without compiling it.
     """
+    torch._dynamo.config.optimize_ddp = False  # it would cut blocks where a bucket of gradients ends
     torch._dynamo.config.recompile_limit = max(SHAPES, torch._dynamo.config.recompile_limit)
     torch._dynamo.config.accumulated_recompile_limit = max(4 * SHAPES, torch._dynamo.config.accumulated_recompile_limit)
     blocks = [m for m in module.modules() if isinstance(m, BasicBlock | Bottleneck)]

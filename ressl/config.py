@@ -219,6 +219,9 @@ class SmallResNet(Section):
 Encoder = Annotated[ResNet | SmallResNet, Field(discriminator="name")]
 
 
+Temperature = Annotated[float, Field(ge=1e-4, le=1e4)]
+
+
 class ReSSLConfig(Section):
     """Zheng et al. 2021, https://arxiv.org/abs/2107.09282. Defaults are the authors' ImageNet settings."""
 
@@ -226,11 +229,11 @@ class ReSSLConfig(Section):
     hidden_dim: Count = 4096
     embed_dim: Count = 512
     queue_size: Count = 131072
-    student_temperature: Positive = 0.1
-    teacher_temperature: Positive = 0.04
+    student_temperature: Temperature = 0.1
+    teacher_temperature: Temperature = 0.04
     teacher_momentum: Probability = 0.999
     teacher_momentum_end: Probability | None = None
-    """Of the last step, on a cosine from `teacher_momentum`, as Grill et al. 2020 (BYOL) do; null: constant."""
+    """Where the run ends, on a cosine from `teacher_momentum`, as Grill et al. 2020 (BYOL) do; null: constant."""
     queue_dtype: Literal["float32", "bfloat16"] = "float32"
     """How the queue is stored. bfloat16: half the memory and half the reading, similarities off by up to 0.002."""
     loss_impl: Literal["auto", "torch", "chunked", "triton"] = "auto"

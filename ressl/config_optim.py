@@ -36,7 +36,7 @@ class SGDConfig(Section):
     warmup_lr: NotNegative = 0.0
     """The rate at the start of the warm-up, not scaled."""
     final_lr: NotNegative = 0.0
-    """The rate at the end of the cosine, not scaled."""
+    """The rate at which the cosine ends, after the last step; not scaled."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -34,7 +34,9 @@ class CapturedStep:
 
     def __init__(self, step: Callable[[Iterator[Batch]], Logs], device: torch.device) -> None:
         self.step, self.device = step, device
-        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None  # capture refuses the default stream
+        # Capture refuses the default stream. A stream of high priority comes from a pool of its own: what compresses
+        # gradients runs on streams of the common pool, and would draw whoever has the same one into the capture.
+        self.side = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self.held: _Held | None = None
 
     def __call__(self, batches: Iterator[Batch], *, count: int) -> Logs:
@@ -53,6 +55,14 @@ class CapturedStep:
         held.graph.replay()
         assert held.logs is not None
         return held.logs
+
+    def release(self) -> None:
+        """Gives up the graph and all that it holds. A group of processes cannot end while a graph holds its
+        collectives; a later call captures anew."""
+        if self.held is not None and self.held.graph is not None:
+            torch.cuda.synchronize(self.device)
+            self.held.graph.reset()
+        self.held = None
 
     def _take(self, batches: Iterator[Batch], count: int) -> _Held:
         """Copies one batch after another, as each is valid only until the next is asked for."""

@@ -11,6 +11,7 @@ so one pass over the queue gives loss and gradient, row by row, and only a tile 
 
 import os
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,7 @@ Fused = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]  
 SMALL = 64 << 20  # bytes of one matrix of similarities up to which `auto` takes the definition
 TILE = {"cpu": 8 << 20, "cuda": 64 << 20}  # bytes of similarities that `chunked` holds: caches, launches
 TILE_ROWS = 1024  # of these similarities, at most
+ROOM = 160 << 10  # bytes of shared memory that a block of `triton` may ask for
 WIDEST = 512  # numbers of an embedding, for `triton`
 
 
@@ -58,7 +60,7 @@ def relational_loss(
     compute = torch.promote_types(student.dtype, torch.float32)
     rows, teacher = student.to(compute), teacher.detach().to(compute)
     with torch.autocast(student.device.type, enabled=False):
-        match chosen(impl, precision, rows.shape, len(queue), rows.dtype, on_gpu=rows.is_cuda):
+        match chosen(impl, precision, rows.shape, len(queue), rows.dtype, on_gpu=can_fuse(rows.device)):
             case "torch":
                 loss = _definition(rows, teacher, queue, student_temperature, teacher_temperature)
             case "chunked":
@@ -68,10 +70,20 @@ def relational_loss(
     return loss.to(student.dtype)
 
 
+@cache
+def can_fuse(device: torch.device) -> bool:
+    """Whether the tiles of `triton` fit into the shared memory of a multiprocessor: A100, H100 and their successors."""
+    if device.type != "cuda":
+        return False
+    found = torch.cuda.get_device_properties(device)
+    return found.major >= 8 and found.shared_memory_per_block_optin >= ROOM
+
+
 def chosen(
     impl: LossImpl, precision: LossPrecision, shape: Sequence[int], keys: int, dtype: torch.dtype, *, on_gpu: bool
 ) -> Literal["torch", "chunked", "triton"]:
-    """What is done for a student's rows of `shape` (V * B, D) and `dtype` against so many keys. Raises DataError.
+    """What is done for a student's rows of `shape` (V * B, D) and `dtype` against so many keys; `on_gpu`: on one that
+    can fuse it. Raises DataError.
 
     auto: triton on a GPU for tf32 and bf16, which its matrix units multiply. For float32 they do not, and the library's
     products are the fastest: the definition while its similarities are small, else chunked.
@@ -80,7 +92,10 @@ def chosen(
     fits = dtype == torch.float32 and dim <= WIDEST
     if impl == "triton":
         if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
-            raise DataError("method.loss_impl=triton needs a GPU: loss_impl=auto takes what there is")
+            raise DataError(
+                "method.loss_impl=triton needs a GPU with room for its tiles, such as an A100 or H100: loss_impl=auto "
+                "takes what there is"
+            )
         if not fits:
             raise DataError(
                 f"method.loss_impl=triton takes float32 embeddings of up to {WIDEST} numbers, not {dtype} of {dim}: "

@@ -51,7 +51,9 @@ def build_optimizer(student: nn.Module, cfg: Optim, *, capturable: bool = False)
         case AdamWConfig():
             # torch refuses to capture AdamW without its own flag, and refuses the flag on a CPU
             flag = capturable and on_gpu
-            return torch.optim.AdamW(groups, lr=lr, betas=cfg.betas, eps=cfg.eps, fused=True, capturable=flag)
+            adamw = torch.optim.AdamW(groups, lr=lr, betas=cfg.betas, eps=cfg.eps, fused=True, capturable=flag)
+            adamw._warned_capturable_if_run_uncaptured = True  # the steps before the capture are meant to be plain
+            return adamw
 
 
 def _start_momenta_(optimizer: torch.optim.Optimizer) -> None:

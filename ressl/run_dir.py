@@ -8,11 +8,12 @@ from typing import Any, TextIO
 from ressl.config import Config
 from ressl.config_file import ConfigError, load_config, save_config
 
-# keys, and beginnings of keys, that may differ between a run and its continuation: training does not depend on them
+# keys, and beginnings of keys, that may differ between a run and its continuation: training depends on none of them, or
+# by no more than how numbers are rounded
 FREE = (
     "data.placement", "data.prefetch", "data.source.budget_gb", "data.source.cache", "data.source.memory",
-    "data.source.val", "data.source.workers", "evaluate.", "run.checkpoint_every", "run.device", "run.knn_every",
-    "run.log_every", "run.out_dir", "run.tensorboard",
+    "data.source.val", "data.source.workers", "evaluate.", "method.loss_impl", "run.checkpoint_every", "run.compile",
+    "run.cuda_graphs", "run.device", "run.knn_every", "run.log_every", "run.out_dir", "run.tensorboard", "views.impl",
 )  # fmt: skip
 LOCK = ".lock"
 

@@ -64,9 +64,10 @@ class Runtime:
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.precision, torch.float32)
         # the similarities of the loss are matrix products: they stay float32 in every precision
         torch.backends.cuda.matmul.fp32_precision = "ieee"
-        torch.backends.cudnn.conv.fp32_precision = (  # type: ignore[attr-defined]
-            "ieee" if cfg.precision == "fp32" else "tf32"
-        )
+        # torch refuses to tell one word for cuDNN, as compilers ask for it, where the two differ
+        word = "ieee" if cfg.precision == "fp32" else "tf32"
+        torch.backends.cudnn.conv.fp32_precision = word  # type: ignore[attr-defined]
+        torch.backends.cudnn.rnn.fp32_precision = word  # type: ignore[attr-defined]
         # under a launcher, accelerate can fall back to one process for each rank, which would train W separate models
         expected = int(os.environ["WORLD_SIZE"]) if launched() else 1
         if self.world_size != expected:

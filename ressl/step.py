@@ -34,10 +34,24 @@ class TrainStep:
         if cuda_graphs:
             self.momentum = torch.zeros((), dtype=torch.float64, device=runtime.device)
             self.captured = CapturedStep(self._captured, runtime.device)
-        # gradients are accumulated on the stream on which the replica was made: the captured one, if there is one
-        with torch.cuda.stream(self.captured.side if self.captured else None):
-            self.replica: nn.Module = runtime.replicate(method, accumulate=accumulate)
+        self.replica = self._replicate(self.captured.side if self.captured else None)
         self.optimizer = runtime.prepare_optimizer(optimizer)
+
+    def _replicate(self, side: torch.cuda.Stream | None) -> nn.Module:
+        """Gradients are accumulated on the stream on which the replica is made: the captured one, if there is one."""
+        if side is None:
+            return self.runtime.replicate(self.method, accumulate=self.accumulate)
+        main = torch.cuda.current_stream(self.runtime.device)
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            replica = self.runtime.replicate(self.method, accumulate=self.accumulate)
+        main.wait_stream(side)
+        return replica
+
+    def release(self) -> None:
+        """Gives up what a captured step holds: to be called before the processes of the run part."""
+        if self.captured is not None:
+            self.captured.release()
 
     def __call__(self, batches: Iterator[Batch], *, lr: float, momentum: float) -> Logs:
         """Takes the next `accumulate` batches, and returns the logs of each. `momentum` is the teacher's."""

@@ -33,4 +33,5 @@ def train(
             step += 1
             recorder.step(step, logs, lr=lr)
         on_epoch_end(epoch + 1, step)
+    take_step.release()
     return step

@@ -9,6 +9,11 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+# Processes that share the cores: threads that wait for others to be given one would make a step take ten times as long.
+# Read by OpenMP when torch is imported, and by every process that a test starts.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import torch

@@ -17,11 +17,9 @@ from ressl.batchnorm import average_statistics_, set_batchnorm_, shuffled, unshu
 from ressl.collectives import Collectives
 from ressl.config import BatchNorm, LocalBatchNorm, ShuffleBatchNorm, SplitBatchNorm, SyncBatchNorm
 from ressl.config_file import load_config
-from ressl.method import build_method
-from ressl.optim import build_optimizer
 from ressl.recorder import Recorder
 from ressl.runtime import Runtime
-from ressl.step import TrainStep
+from ressl.step import build_step
 from ressl.trainer import train
 
 
@@ -89,7 +87,8 @@ def main() -> None:
     runtime = Runtime(cfg.run)
     torch.manual_seed(cfg.run.seed)
     loaders = build_loaders(cfg, device=runtime.device, rank=runtime.rank, world_size=runtime.world_size)
-    method = build_method(cfg.method, cfg.encoder, runtime.collectives).to(runtime.device)
+    step = build_step(cfg, runtime)
+    method = step.method
     witness = Witness(loaders.train)
     recorder = Recorder(
         Path(out), Console(quiet=True), every=1, images=cfg.optim.batch_size, rank=1,
@@ -97,7 +96,6 @@ def main() -> None:
     )  # fmt: skip
     rows = torch.arange(4 * runtime.world_size).view(-1, 1) + 100.0 * runtime.rank
     with recorder:
-        step = TrainStep(method, build_optimizer(method.student, cfg.optim), runtime, accumulate=cfg.optim.accumulate)
         train(step, witness, recorder, cfg.optim)
     average_statistics_(method, runtime.collectives)
     torch.save(

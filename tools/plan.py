@@ -16,7 +16,7 @@ from ressl.collectives import alone
 from ressl.config import Config, LocalBatchNorm, Source, SyntheticSource
 from ressl.config_file import ConfigError
 from ressl.config_optim import AdamWConfig
-from ressl.loss import chosen
+from ressl.loss import can_fuse, chosen
 from ressl.method import build_method
 from ressl.runtime import MachineError, preferred_device
 
@@ -51,11 +51,11 @@ def make_plan(cfg: Config, *, images: int, world_size: int) -> Plan:
         views = [torch.empty(per_rank, 3, v.size, v.size) for v in (cfg.views.weak, *cfg.views.strong)]
         index = torch.empty(per_rank, dtype=torch.int64)
         kept = _activations(method.student, Batch(weak=(views[0],), strong=tuple(views[1:]), index=index, label=index))
-    half = 1 if cfg.run.precision == "fp32" else 2
+    half = 1 if cfg.run.precision in ("fp32", "tf32") else 2
     parameters = count_parameters(method.student)
     momenta = 2 if isinstance(optim, AdamWConfig) else 1
     rows, keys = per_rank * len(cfg.views.strong), cfg.method.queue_size
-    on_gpu = preferred_device(cfg.run).type == "cuda"
+    on_gpu = can_fuse(preferred_device(cfg.run))
     loss = chosen(
         cfg.method.loss_impl,
         cfg.method.loss_precision,

@@ -131,7 +131,8 @@ def _exit_code(error: ChildFailedError, failures: Path) -> int:
     if own:
         return own[0]
     killed_by = signal.Signals(-codes[0]).name
-    print(f"ressl: error: a process was killed by {killed_by} (out of memory?)", file=sys.stderr)
+    why = " (out of memory?)" if killed_by == "SIGKILL" else ""
+    print(f"ressl: error: a process was killed by {killed_by}{why}", file=sys.stderr)
     return 4
 
 

@@ -14,6 +14,7 @@ low that it could underflow. The same inputs give the same bits. The host reads 
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -42,6 +43,7 @@ class Plan:
     splits: int
 
 
+@cache
 def plan(rows: int, size: int, dim: int, *, precision: Precision, queue_bytes: int) -> Plan:
     """For `rows` rows of student and teacher, `size` keys of `dim` numbers, `queue_bytes` bytes each.
 

@@ -3,8 +3,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.resnet import BasicBlock
 
 from ressl.batch import Batch
@@ -71,6 +73,17 @@ def test_evaluations_compile_nothing() -> None:
     with not_compiled(), torch.no_grad():
         compiled.student(torch.randn(3, 3, 20, 20))
     assert counters["frames"]["total"] == 0
+
+
+def test_blocks_stay_whole_where_gradients_travel_in_buckets() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        network = nn.Sequential(BasicBlock(256, 256))  # more than the 1 MiB of the first bucket
+        compile_blocks_(network, backend="aot_eager")
+        DistributedDataParallel(network)(torch.randn(2, 256, 2, 2)).sum().backward()
+    finally:
+        dist.destroy_process_group()
+    assert counters["aot_autograd"]["total"] == 1
 
 
 @pytest.mark.slow
