@@ -17,7 +17,7 @@ MEANS = {
     "else.",
     "port-amp": "port, AMP: a plain eager port of the authors' step (two copies of the queue, all similarities and "
     "their log-softmax in memory, the teacher moved parameter by parameter, the batch in random order for the teacher, "
-    "the place in the queue and the loss read by the host, SGD parameter by parameter), all of it under autocast, "
+    "the place in the queue and the loss read by the host, SGD as torch runs it by itself), all of it under autocast, "
     "weights and views channels_last.",
     "port-fp32": "port, float32: the same without autocast, weights and views contiguous.",
 }

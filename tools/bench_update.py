@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from ressl.batch import DataError
 from ressl.config import Config
 from ressl.config_file import ConfigError, load_config
 from ressl.config_optim import AdamWConfig, LARSConfig, SGDConfig
@@ -32,6 +33,7 @@ from ressl.method import build_method
 from ressl.optim import build_optimizer
 from ressl.runtime import MachineError, Runtime
 from tools.bench import Part, machine, measure
+from tools.bench_loaders import make_out
 
 COPY = "copy of a large tensor"
 COPIED = 1 << 25  # float32 values: 128 MiB, more than caches hold
@@ -136,7 +138,6 @@ def _spread(ratios: list[float]) -> str:
 
 def write(out: Path, name: str, title: str, rows: list[tuple[str, ...]], record: dict[str, object]) -> None:
     """A table in markdown and everything in JSON."""
-    out.mkdir(parents=True, exist_ok=True)
     lines = [f"# {title}", "", f"`{machine()}`", ""]
     lines += ["| " + " | ".join(row) + " |" for row in (COLUMNS, ("---",) * len(COLUMNS), *rows)]
     (out / f"{name}.md").write_text("\n".join(lines) + "\n")
@@ -151,20 +152,32 @@ def networks(cfg: Config) -> tuple[nn.Module, nn.Module, torch.device]:
     return method.student, method.teacher, runtime.device
 
 
+def positive(text: str) -> int:
+    """Of the command line."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 on, not {text}")
+    return number
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.bench_update", description=(__doc__ or "").splitlines()[0]
     )  # fmt: skip
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE")
-    parser.add_argument("--rounds", type=int, default=5, help="counted rounds (5)")
-    parser.add_argument("--steps", type=int, help="steps of each part in a round (2 to 20 by the size, on a GPU 50)")
+    parser.add_argument("--rounds", type=positive, default=5, help="counted rounds (5)")
+    parser.add_argument(
+        "--steps", type=positive, help="steps of each part in a round (2 to 20 by the size, on a GPU 50)"
+    )
     parser.add_argument("--out", type=Path, help="directory for a markdown and a JSON file")
     arguments = parser.parse_args()
     try:
         cfg = load_config(arguments.config, arguments.overrides)
+        if arguments.out:
+            make_out(arguments.out)
         student, teacher, device = networks(cfg)
-    except (ConfigError, MachineError) as error:
+    except (ConfigError, DataError, MachineError) as error:
         print(f"ressl: error: {error}", file=sys.stderr)
         return 4 if isinstance(error, MachineError) else 2
     work, parameters = jobs(student, teacher), sum(p.numel() for p in student.parameters())

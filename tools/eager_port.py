@@ -79,11 +79,9 @@ class EagerPort:
 
 
 def plain_sgd(student: nn.Module, cfg: SGDConfig) -> torch.optim.SGD:
-    """Of the same groups as ours, one parameter after another."""
+    """Of the same groups as ours, by whatever torch chooses for who says no more."""
     groups = [
         {"params": group["params"], "weight_decay": group["weight_decay"]}
         for group in build_optimizer(student, cfg).param_groups
     ]
-    return torch.optim.SGD(
-        groups, lr=cfg.peak_lr, momentum=cfg.momentum, nesterov=cfg.nesterov, foreach=False, fused=False
-    )
+    return torch.optim.SGD(groups, lr=cfg.peak_lr, momentum=cfg.momentum, nesterov=cfg.nesterov)
