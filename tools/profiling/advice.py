@@ -1,7 +1,8 @@
 """Lines of the config that should make a run faster, and what they should bring.
 
-A rate that was not measured is a bound: that of whatever binds next. Lines that are set already, and such as the device
-cannot do, are not given; nor are those that would make another run of it, but for what is said beside them.
+No rate here was measured in a run with the line: each is a bound, that of the real step less what the line may save, or
+of whatever binds next. Lines that are set already, such as the device cannot do, and those that bring too little, are
+not given; nor are those that would make another run of it, but for what is said beside them.
 """
 
 import json
@@ -13,16 +14,20 @@ from statistics import median
 
 from ressl.config import Config, DaliSource, FfcvSource, FolderSource, ResidentSource, SyntheticSource
 from tools.profiling.alternatives import BF16
+from tools.profiling.floors import loss_taken
 from tools.profiling.record import Advice, Binding, Measured, StageName
 
 SMALLER = 400  # pixels of the longer side that --max-side is advised for
 LOADER: tuple[StageName, ...] = ("read", "decode", "copy")
 ROOM = 0.5  # share of the free memory that a resident set may take
-WORTH = 1.05  # times as fast, below which a line is not given
-SHARED = 1.15  # times as long as without a loader, from which a step on a CPU lacks the cores that decode
+WORTH = 1.05  # times as fast as the run is now, below which a line is not given
+SHARED = 1.15  # times as long as without a loader, from which a step suffers from the one beside it
 WAITING = 0.05  # share of a real step that may be spent waiting before anything is said of it
+EXPOSED = 0.15  # share of a step that gradients may be on their way with nothing beside it
 TELLING = 0.1  # share of the step from which a part of it is worth a line
 MOST_PREFETCH = 8
+PLENTY = 7e9  # bytes of a resident set from which it needs a budget of its own
+CHOICE = "a choice that changes the images"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +46,54 @@ class Facts:
         """Of a step over all ranks."""
         return self.measured.images * self.measured.world_size
 
-    def rate(self, step: float) -> float:
-        """Images/s over all ranks of a run whose step, without loading, takes `step`."""
-        return self.images / max(step, self.loader)
+    @property
+    def waits(self) -> bool:
+        return self.wait > WAITING * self.real
+
+    @property
+    def behind(self) -> bool:
+        """Whether the step waits for a loader that is slower than it."""
+        return self.waits and self.loader > self.synthetic
+
+    @property
+    def slowed(self) -> bool:
+        """Whether the step takes longer beside its loader than on frames that lie ready, and the loader has the work to
+        explain it."""
+        return self.real > SHARED * self.synthetic and self.loader > TELLING * self.synthetic
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether the step takes longer for reasons that are not in it, nor in its loader."""
+        return self.real > SHARED * self.synthetic and not self.slowed and not self.behind
+
+    @property
+    def irregular(self) -> bool:
+        """Whether a loader that is fast enough on average is late now and then, which is what slows the step."""
+        return self.waits and not self.behind and self.wait > (self.real - self.synthetic) / 2
+
+    @property
+    def exposed(self) -> float:
+        """Seconds of a step in which gradients travel and nothing else is done: what it takes beyond its other parts,
+        at most all of the sending."""
+        others = sum(value for name, value in self.stages.items() if name not in (*LOADER, "all-reduce"))
+        return min(self.stages.get("all-reduce", 0.0), max(0.0, self.synthetic - others))
 
     def share(self, name: StageName) -> float:
         """Of the parts of a step that pass one after another."""
         return self.stages[name] / sum(value for stage, value in self.stages.items() if stage not in LOADER)
+
+
+def collect(measured: Measured) -> Facts:
+    """The medians of what was measured."""
+    runs = measured.runs
+    return Facts(
+        measured=measured,
+        real=median(runs.real),
+        synthetic=median(runs.synthetic),
+        loader=median(runs.loader),
+        wait=median(runs.wait),
+        stages={stage.name: median(stage.seconds) for stage in measured.stages},
+    )
 
 
 def percent(share: float) -> str:
@@ -56,22 +102,26 @@ def percent(share: float) -> str:
 
 def advise(cfg: Config, facts: Facts, binding: Binding) -> tuple[Advice, ...]:
     """The most telling first."""
+    found: tuple[Advice, ...]
     match binding:
         case "read":
-            found = (*_read_less(cfg, facts), *_keep(cfg, facts))
+            found = (*_ahead(cfg, facts), *_read_less(cfg, facts), *_keep(cfg, facts))
         case "decode":
-            found = (*_more_threads(cfg, facts), *_decode_less(cfg, facts), *_keep(cfg, facts))
+            less = (*_decode_less(cfg, facts), *_gather_less(cfg, facts), *_keep(cfg, facts))
+            found = (*_more_threads(cfg, facts), *_ahead(cfg, facts), *less)
         case "copy":
-            found = (*_copy_less(cfg, facts), *_keep(cfg, facts))
+            found = (*_ahead(cfg, facts), *_copy_less(cfg, facts), *_keep(cfg, facts))
         case "views":
-            found = tuple(_cut_faster(cfg, facts))
+            found = (*_cut_faster(cfg, facts), *_send_less(cfg, facts))
         case "all-reduce":
-            found = tuple(_send_less(cfg, facts))
+            found = (*_send_less(cfg, facts), *_coarser(cfg, facts))
         case "host":
-            found = (*_launch_less(cfg, facts), *_coarser(cfg, facts))
+            found = tuple(_launch_less(cfg, facts))
         case "step":
-            found = (*_beside(cfg, facts), *_coarser(cfg, facts), *_faster_loss(cfg, facts), *_fuse(cfg, facts))
-    return found
+            step = (*_coarser(cfg, facts), *_faster_loss(cfg, facts), *_fuse(cfg, facts))
+            found = (*_ahead(cfg, facts), *step, *_send_less(cfg, facts))
+    now = facts.images / facts.real
+    return tuple(one for one in found if one.images_per_s is None or one.images_per_s > WORTH * now)
 
 
 def _bound(facts: Facts, line: str, why: str) -> Advice:
@@ -83,16 +133,23 @@ def _bound(facts: Facts, line: str, why: str) -> Advice:
 
 
 def _more_threads(cfg: Config, facts: Facts) -> Iterator[Advice]:
+    """Where the step waits; one that shares its cores with the loader has none to give."""
     source, curve = cfg.data.source, {p.count: median(p.images_per_s) for p in facts.measured.loader_scaling}
-    if isinstance(source, SyntheticSource | ResidentSource) or not curve:
+    if isinstance(source, SyntheticSource | ResidentSource) or not curve or not facts.behind:
         return
     present, most = source.workers or facts.measured.cores, max(curve)
-    rate = curve[most] * facts.measured.world_size
-    if present < most and rate > WORTH * facts.images / facts.loader:
-        why = f"{present} of {most} cores decode; with all of them the loader alone gave {rate:,.0f} images/s"
-        yield Advice(
-            line="data.source.workers=0", why=why, images_per_s=min(rate, facts.images / facts.synthetic), measured=True
-        )
+    if present < most and curve[most] > WORTH * curve.get(present, float("inf")):
+        each = " of each process" if facts.measured.world_size > 1 else ""
+        rates = f"gave {curve[most]:,.0f} images/s instead of {curve[present]:,.0f}"
+        why = f"{present} of {most} cores{each} decode; with all of them decoding alone {rates}"
+        step = max(facts.synthetic, facts.loader * curve[present] / curve[most])
+        yield Advice(line="data.source.workers=0", why=why, images_per_s=facts.images / step, measured=False)
+
+
+def _ahead(cfg: Config, facts: Facts) -> Iterator[Advice]:
+    more = min(MOST_PREFETCH, 2 * cfg.data.prefetch)
+    if facts.irregular and more > cfg.data.prefetch:
+        yield _bound(facts, f"data.prefetch={more}", "the loader is fast enough on average, but not at every step")
 
 
 def _decode_less(cfg: Config, facts: Facts) -> Iterator[Advice]:
@@ -100,20 +157,41 @@ def _decode_less(cfg: Config, facts: Facts) -> Iterator[Advice]:
     if isinstance(source, DaliSource) and facts.measured.device == "cuda" and source.hw_decoder_load < 1:
         yield _bound(facts, "data.source.hw_decoder_load=1.0", "the JPEG engines take what the cores decode now")
     if isinstance(source, FolderSource | DaliSource) and not _is_shards(source):
-        yield _bound(facts, _convert(source.train), "FFCV's decoder on smaller files takes a fraction of the work")
-    elif isinstance(source, FfcvSource) and facts.measured.side > SMALLER:
-        why = f"images are {facts.measured.side} pixels long on average; convert the original ones again, smaller"
-        yield _bound(facts, _convert(Path("IMAGES")), why)
+        yield _bound(facts, *_convert(cfg, facts, source.train, "FFCV's decoder takes a part of the work"))
+    elif isinstance(source, FfcvSource) and facts.measured.side > _smaller(cfg):
+        yield _bound(facts, *_convert(cfg, facts, Path("IMAGES"), "convert the original images again, smaller"))
+
+
+def _gather_less(cfg: Config, facts: Facts) -> Iterator[Advice]:
+    """Of images that lie in memory, decoded."""
+    source, room = cfg.data.source, ROOM * facts.measured.free_bytes
+    if not isinstance(source, ResidentSource):
+        return
+    if source.memory == "host" and facts.measured.device == "cuda" and facts.measured.set_bytes < room:
+        yield _bound(facts, "data.source.memory=device", "the images fit beside the run: the GPU gathers them")
+    if source.pixels == "yuv420" and facts.measured.set_bytes < room:
+        yield _bound(facts, _with_budget("data.source.pixels=rgb", facts), "nothing is converted when it is gathered")
+    side = 2 * max(view.size for view in (cfg.views.weak, *cfg.views.strong))
+    if facts.measured.side > 1.5 * side and not source.train.is_file():
+        why = f"smaller than the {facts.measured.side} pixels of now: fewer bytes to gather; {CHOICE}"
+        yield _bound(facts, f"data.source.max_side={side}", why)
 
 
 def _read_less(cfg: Config, facts: Facts) -> Iterator[Advice]:
     source = cfg.data.source
     if isinstance(source, FfcvSource):
-        if source.cache == "os":
+        if source.cache == "os" and cfg.data.shuffle == "blocks":
             why = "pages are read ahead, and neighbours together, where the file does not fit into memory"
-            yield _bound(facts, "data.source.cache=process data.shuffle=blocks", why)
+            yield _bound(facts, "data.source.cache=process", why)
+        elif cfg.data.shuffle == "global":
+            line = "python launch.py convert IMAGES DIRECTORY --to ffcv --shuffle"
+            why = (
+                "with the classes mixed in the file, data.shuffle=blocks and data.source.cache=process read neighbours "
+                "together; the order of the images is another then"
+            )
+            yield _bound(facts, line, why)
     elif isinstance(source, FolderSource) or (isinstance(source, DaliSource) and not _is_shards(source)):
-        yield _bound(facts, _convert(source.train), "one file, smaller images: fewer and shorter reads")
+        yield _bound(facts, *_convert(cfg, facts, source.train, "one file is opened once"))
 
 
 def _copy_less(cfg: Config, facts: Facts) -> Iterator[Advice]:
@@ -121,8 +199,11 @@ def _copy_less(cfg: Config, facts: Facts) -> Iterator[Advice]:
     if isinstance(source, ResidentSource):
         if source.memory == "host" and facts.measured.set_bytes < ROOM * facts.measured.free_bytes:
             yield _bound(facts, "data.source.memory=device", "the images fit beside the run: nothing is copied")
-    elif not isinstance(source, SyntheticSource) and facts.measured.side > SMALLER:
-        yield _bound(facts, _convert(Path("IMAGES")), f"images are {facts.measured.side} pixels long on average")
+    elif isinstance(source, FolderSource | DaliSource) and facts.measured.side > _smaller(cfg):
+        why = f"smaller than the {facts.measured.side} pixels of now: fewer bytes to copy; {CHOICE}"
+        yield _bound(facts, f"data.source.max_side={_smaller(cfg)}", why)
+    elif isinstance(source, FfcvSource) and facts.measured.side > _smaller(cfg):
+        yield _bound(facts, *_convert(cfg, facts, Path("IMAGES"), "convert the original images again, smaller"))
 
 
 def _keep(cfg: Config, facts: Facts) -> Iterator[Advice]:
@@ -130,38 +211,54 @@ def _keep(cfg: Config, facts: Facts) -> Iterator[Advice]:
     source, need = cfg.data.source, facts.measured.set_bytes
     if isinstance(source, SyntheticSource | ResidentSource) or need > ROOM * facts.measured.free_bytes:
         return
-    places = f"train: {json.dumps(str(source.train))}"
+    fields = [f"train: {json.dumps(str(source.train))}"]
     if source.val:
-        places += f", val: {json.dumps(str(source.val))}"
-    budget = "" if need < 7e9 else f", budget_gb: {1.2 * need / 1e9:.0f}"
-    line = shlex.quote(f"data.source={{name: resident, {places}{budget}}}")
+        fields.append(f"val: {json.dumps(str(source.val))}")
+    if isinstance(source, FolderSource | DaliSource):
+        fields.append(f"max_side: {source.max_side or 'null'}")
+    if source.workers:
+        fields.append(f"workers: {source.workers}")
+    if need >= PLENTY:
+        fields.append(f"budget_gb: {_budget(need)}")
+    line = shlex.quote(f"data.source={{name: resident, {', '.join(fields)}}}")
     yield _bound(facts, line, f"all images take {need / 1e9:,.1f} GB decoded: they are kept, and decoded once")
 
 
-def _beside(cfg: Config, facts: Facts) -> Iterator[Advice]:
-    """Where the loader alone is fast enough, and the step slower with it than without."""
-    more = min(MOST_PREFETCH, 2 * cfg.data.prefetch)
-    lacking = facts.real > SHARED * facts.synthetic and facts.stages.get("decode", 0.0) > TELLING * facts.synthetic
-    if facts.measured.device == "cpu" and lacking:
-        yield from _keep(cfg, facts)  # decoding takes the cores from the step
-    elif facts.wait > WAITING * facts.real and more > cfg.data.prefetch:
-        yield _bound(facts, f"data.prefetch={more}", "the loader is fast enough on average, but not at every step")
+def _with_budget(line: str, facts: Facts) -> str:
+    need = facts.measured.set_bytes
+    return line if need < PLENTY else f"{line} data.source.budget_gb={_budget(need)}"
+
+
+def _budget(need: float) -> str:
+    return f"{1.2 * need / 1e9:.0f}"
 
 
 def _is_shards(source: FolderSource | DaliSource) -> bool:
     return (source.train / "index.npz").exists()
 
 
-def _convert(images: Path) -> str:
-    return f"python launch.py convert {shlex.quote(str(images))} DIRECTORY --to ffcv --max-side {SMALLER}"
+def _smaller(cfg: Config) -> int:
+    """Pixels of the longer side that images may have without the views losing much: views keep half of that."""
+    return max(SMALLER, 2 * max(view.size for view in (cfg.views.weak, *cfg.views.strong)))
+
+
+def _convert(cfg: Config, facts: Facts, images: Path, why: str) -> tuple[str, str]:
+    """The line, and why. The files keep the size that the run decodes to, but for larger images."""
+    line, kept, side = f"python launch.py convert {shlex.quote(str(images))} DIRECTORY --to ffcv", None, _smaller(cfg)
+    if isinstance(cfg.data.source, FolderSource | DaliSource):
+        kept = cfg.data.source.max_side
+    if facts.measured.side <= side:
+        return (f"{line} --max-side {kept}" if kept else line), why
+    return f"{line} --max-side {side}", f"{why}; {facts.measured.side} pixels become at most {side}: {CHOICE}"
 
 
 # --- the step --------------------------------------------------------------------------------------------------------
 
 
 def _without(facts: Facts, saved: float, line: str, why: str) -> Advice:
-    """Of a line that saves at most so many seconds of the step."""
-    return Advice(line=line, why=why, images_per_s=facts.rate(max(facts.synthetic - saved, 1e-9)), measured=False)
+    """Of a line that saves at most so many seconds of the step: the loader binds next."""
+    step = max(facts.real - saved, facts.loader)
+    return Advice(line=line, why=why, images_per_s=facts.images / step, measured=False)
 
 
 def _cut_faster(cfg: Config, facts: Facts) -> Iterator[Advice]:
@@ -172,7 +269,7 @@ def _cut_faster(cfg: Config, facts: Facts) -> Iterator[Advice]:
     side = 2 * largest
     if facts.measured.side <= 1.5 * side:
         return
-    why = f"views of {largest} pixels are cut from images of {facts.measured.side}: they change a little"
+    why = f"views of {largest} pixels are cut from images of {facts.measured.side}; smaller ones lose detail: {CHOICE}"
     if isinstance(source, FolderSource | DaliSource) or (isinstance(source, ResidentSource) and source.train.is_dir()):
         yield _without(facts, views, f"data.source.max_side={side}", why)
     elif not isinstance(source, SyntheticSource):
@@ -181,9 +278,10 @@ def _cut_faster(cfg: Config, facts: Facts) -> Iterator[Advice]:
 
 
 def _send_less(cfg: Config, facts: Facts) -> Iterator[Advice]:
-    if cfg.run.gradient_compression == "none":
+    if cfg.run.gradient_compression == "none" and facts.exposed > EXPOSED * facts.synthetic:
         why = "gradients travel in half the bytes, rounded to bfloat16"
-        yield _without(facts, facts.stages["all-reduce"] / 2, "run.gradient_compression=bf16", why)
+        saved = min(facts.exposed, facts.stages["all-reduce"] / 2)
+        yield _without(facts, saved, "run.gradient_compression=bf16", why)
 
 
 def _launch_less(cfg: Config, facts: Facts) -> Iterator[Advice]:
@@ -197,23 +295,25 @@ def _launch_less(cfg: Config, facts: Facts) -> Iterator[Advice]:
 
 def _coarser(cfg: Config, facts: Facts) -> Iterator[Advice]:
     tried = facts.measured.speedups.get(BF16)
-    if tried is not None:
-        if tried > WORTH:
-            why = f"the step alone was {tried:.2f} times as fast; networks in bfloat16, the loss in float32"
-            rate = facts.rate(facts.synthetic / tried)
-            yield Advice(line=BF16, why=why, images_per_s=rate, measured=True)
+    if tried:
+        times = median(tried)
+        if times > WORTH:
+            seen = f"({min(tried):.2f} to {max(tried):.2f} in {len(tried)} rounds)"
+            why = f"the step alone was {times:.2f} times as fast {seen}; networks in bfloat16, the loss in float32"
+            yield _without(facts, facts.synthetic * (1 - 1 / times), BF16, why)
     elif facts.measured.device == "cuda" and cfg.run.precision in ("fp32", "tf32"):
         yield Advice(line=BF16, why="networks in bfloat16, the loss in float32", images_per_s=None, measured=False)
 
 
 def _faster_loss(cfg: Config, facts: Facts) -> Iterator[Advice]:
-    loss = facts.stages["loss"]
+    loss, images, on_gpu = facts.stages["loss"], facts.measured.images, facts.measured.device == "cuda"
     if facts.share("loss") < TELLING:
         return
-    if cfg.method.loss_impl != "auto":
-        why = f"the loss takes {percent(facts.share('loss'))} of the step; auto takes what suits the device"
+    auto = loss_taken(cfg, images, on_gpu=on_gpu, impl="auto")
+    if auto != loss_taken(cfg, images, on_gpu=on_gpu):
+        why = f"the loss takes {percent(facts.share('loss'))} of the step; auto takes {auto} here"
         yield _without(facts, loss, "method.loss_impl=auto", why)
-    if facts.measured.device == "cuda" and cfg.method.queue_dtype == "float32":
+    if on_gpu and cfg.method.queue_dtype == "float32":
         why = "the queue is read in half the bytes; similarities are off by up to 0.002"
         yield _without(facts, loss / 2, "method.queue_dtype=bfloat16", why)
 

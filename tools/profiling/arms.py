@@ -10,15 +10,15 @@ from functools import partial
 from itertools import islice, repeat
 from time import perf_counter
 
-import torch
-
 from pipelines.frames import Frames
 from ressl.batch import Batch
-from tools.profiling.clock import Mark, between, mark, wait
-from tools.profiling.opened import OpenRun, feed, places, step_in_pieces
+from tools.profiling.clock import Mark, between, mark, stored_reads, wait
+from tools.profiling.opened import OpenRun, feed, gradient_buffer, places, step_in_pieces
 from tools.profiling.stored import reads_files, stored_bytes
 
 AHEAD = 3  # steps that a feed is longer than what is counted, besides those that are prepared ahead
+LEAST_S = 1e-7  # of reading an image, where its call took all the time
+WAITING = ("wait", "ranks")  # pieces of a step in which nothing is done
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,18 +41,24 @@ def make_arms(run: OpenRun, *, fill: int) -> list[Arm]:
         *copying,
         Arm("pieces", partial(pieces, run)),
         Arm("synthetic", partial(synthetic_steps, run)),
+        *([Arm("launch", partial(_launch, run))] if run.device.type == "cuda" else []),
         Arm("loader", partial(_loader, run, fill)),
         Arm("real", partial(real_steps, run, fill)),
     ]
 
 
 def _read(run: OpenRun, steps: int) -> dict[str, float]:
+    """Less what as many calls take that read nothing: they are ours, and the sources' own readers do without."""
     assert reads_files(run.stream.source)
-    with stored_bytes(run.stream.source) as read:
+    with stored_bytes(run.stream.source) as (read, call):
         order = list(places(run, steps))
-        start = perf_counter()
+        stored, start = stored_reads(), perf_counter()
         count = sum(map(read, order))
-        return {"read": (perf_counter() - start) / steps, "read bytes": count / steps}
+        took, stored = perf_counter() - start, stored_reads() - stored
+        start = perf_counter()
+        sum(map(call, order))
+        took = max(took - (perf_counter() - start), LEAST_S * sum(map(len, order)))
+        return {"read": took / steps, "read bytes": count / steps, "stored bytes": stored / steps}
 
 
 def _decode(run: OpenRun, steps: int) -> dict[str, float]:
@@ -93,17 +99,14 @@ def _loader(run: OpenRun, fill: int, steps: int) -> dict[str, float]:
 
 def pieces(run: OpenRun, steps: int) -> dict[str, float]:
     """Each piece of the step, on frames that are there."""
-    gradients = None
-    if run.runtime.world_size > 1:
-        dtype = torch.bfloat16 if run.cfg.run.gradient_compression == "bf16" else torch.float32
-        gradients = torch.zeros(sum(p.numel() for p in run.method.student.parameters()), dtype=dtype, device=run.device)
+    gradients = gradient_buffer(run)
     marks: list[tuple[str, Mark]] = [("", mark(run.device))]
     for _ in range(steps):
         step_in_pieces(run, repeat(run.held), lambda name: marks.append((name, mark(run.device))), gradients=gradients)
     wait(run.device)
     found: dict[str, float] = {}
     for (_, start), (name, end) in zip(marks, marks[1:], strict=False):
-        if name != "wait":
+        if name not in WAITING:
             found[name] = found.get(name, 0.0) + between(start, end) / steps
     return found
 
@@ -111,13 +114,26 @@ def pieces(run: OpenRun, steps: int) -> dict[str, float]:
 def synthetic_steps(run: OpenRun, steps: int) -> dict[str, float]:
     """Whole steps on frames that are there."""
     batches = (run.cut(frames) for frames in repeat(run.held))
-    start, started = mark(run.device), perf_counter()
+    start = mark(run.device)
     for _ in range(steps):
         run.take(batches)
-    launched, end = perf_counter() - started, mark(run.device)
+    end = mark(run.device)
     wait(run.device)
-    found = {"synthetic": between(start, end) / steps}
-    return found | {"launch": launched / steps} if run.device.type == "cuda" else found
+    return {"synthetic": between(start, end) / steps}
+
+
+def _launch(run: OpenRun, steps: int) -> dict[str, float]:
+    """The host's part of such a step. The device has nothing to do before it: a queue that is full would hold the host
+    back, and the device's time would be counted for the host's."""
+    took = 0.0
+    batches = (run.cut(frames) for frames in repeat(run.held))
+    for _ in range(min(steps, 3)):
+        wait(run.device)
+        start = perf_counter()
+        run.take(batches)
+        took += perf_counter() - start
+    wait(run.device)
+    return {"launch": took / min(steps, 3)}
 
 
 def real_steps(run: OpenRun, fill: int, steps: int) -> dict[str, float]:

@@ -1,42 +1,142 @@
-"""What the machine reaches at all: the rates against which the stages of a step are held."""
+"""What the machine reaches at all: the rates against which the stages of a step are held.
 
-from collections.abc import Callable, Iterator
+No rate of another program's is known here, so each ceiling is the best that was seen of works which do little else.
+All of them are tried once, and the best one again in every round: a machine that others use is not always as fast.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import torch
+from torch.nn import functional as F
 
 from tools.profiling.clock import between, mark, wait
 from tools.profiling.record import Ceilings
 
-LONG_ENOUGH_S = 0.02  # of one call, so that starting it does not count
-LARGEST_SIDE = {"cpu": 4096, "cuda": 16384}  # of the matrices
+SIDES = {"cpu": (512, 1024, 2048, 4096), "cuda": (2048, 4096, 8192, 16384)}  # of square matrices
+SHAPES = {  # of images (B, C, side) that a 3x3 convolution makes as many channels of
+    "cpu": ((16, 64, 32), (64, 64, 32), (64, 128, 16), (64, 256, 8), (32, 256, 16)),
+    "cuda": ((256, 64, 56), (256, 128, 28), (256, 256, 14), (256, 512, 14)),
+}
 COPIED = {"cpu": 1 << 27, "cuda": 1 << 30}  # bytes, far beyond any cache
+CALLS = 20  # of one work, at most, each time it is looked at
 
 
-def measure_ceilings(device: torch.device, precision: str, *, seconds: float) -> Ceilings:
-    """Each rate is the best of those seen within a third of `seconds`, as a ceiling is."""
-    share = seconds / (3 if device.type == "cuda" else 2)
-    return Ceilings(
-        matmul_flops=_matmul_rate(device, precision, share),
-        copy_bytes=_copy_rate(device, share),
-        host_to_device_bytes=_upload_rate(device, share) if device.type == "cuda" else None,
-    )
+@dataclass(frozen=True, slots=True)
+class Work:
+    amount: float  # flops or bytes of a call
+    make: Callable[[], Callable[[], object]]  # takes the memory for it, and gives what is called
 
 
-def _matmul_rate(device: torch.device, precision: str, seconds: float) -> float:
-    """Multiplications and additions a second, of square matrices of growing size."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    best, side, until = 0.0, 512, perf_counter() + seconds
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The fastest of several works, and the best rate that was seen of it: amounts a second."""
+
+    work: Work
+    rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    products: Best
+    copies: Best
+    uploads: Best | None  # None where there is no GPU
+
+    def ceilings(self) -> Ceilings:
+        return Ceilings(
+            matmul_flops=self.products.rate,
+            copy_bytes=self.copies.rate,
+            host_to_device_bytes=self.uploads.rate if self.uploads else None,
+        )
+
+
+def look(device: torch.device, precision: str, *, seconds: float) -> Reached:
+    """Tries all works, each in turn, for about so many `seconds`; what would take too long is left out."""
     with _coarse_products(device.type == "cuda" and precision == "tf32"):
-        while side <= LARGEST_SIDE[device.type]:
-            a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-            took = _fastest(lambda a=a, b=b: a @ b, device, until)  # type: ignore[misc]
-            best = max(best, 2 * side**3 / took)
-            if took > LONG_ENOUGH_S or perf_counter() > until:
-                break
-            side *= 2
-    return best
+        return Reached(
+            products=best_of(products(device, precision), device, 0.7 * seconds),
+            copies=best_of(copies(device), device, 0.3 * seconds),
+            uploads=best_of([_upload(device)], device, 0.3 * seconds) if device.type == "cuda" else None,
+        )
+
+
+def look_again(reached: Reached, device: torch.device, precision: str, *, seconds: float) -> Reached:
+    """The best works once more: rates can only rise. What the run has left no memory for stays as it was."""
+
+    def again(best: Best) -> Best:
+        try:
+            return replace(best, rate=max(best.rate, _rate(best.work, device, perf_counter() + seconds / 3)))
+        except torch.OutOfMemoryError:
+            return best
+
+    with _coarse_products(device.type == "cuda" and precision == "tf32"):
+        uploads = again(reached.uploads) if reached.uploads else None
+        return Reached(again(reached.products), again(reached.copies), uploads)
+
+
+def products(device: torch.device, precision: str) -> list[Work]:
+    """What networks multiply with, in the step's precision: matrices, and 3x3 convolutions of images whose channels lie
+    together. Their flops are counted as those of the stages are (floors.py). The smallest of each, then by size."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+
+    def matrices(side: int) -> Callable[[], object]:
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        return lambda: a @ b
+
+    def convolution(images: int, channels: int, side: int) -> Callable[[], object]:
+        shapes = (images, channels, side, side), (channels, channels, 3, 3)
+        x, weight = (
+            torch.randn(*s, device=device).to(dtype).contiguous(memory_format=torch.channels_last) for s in shapes
+        )
+        return lambda: F.conv2d(x, weight, padding=1)
+
+    squares = [Work(2.0 * n**3, lambda n=n: matrices(n)) for n in SIDES[device.type]]  # type: ignore[misc]
+    images = [
+        Work(18.0 * b * (c * n) ** 2, lambda b=b, c=c, n=n: convolution(b, c, n))  # type: ignore[misc]
+        for b, c, n in SHAPES[device.type]
+    ]
+    return [squares[0], images[0], *sorted(squares[1:] + images[1:], key=lambda work: work.amount)]
+
+
+def copies(device: torch.device) -> list[Work]:
+    """Copying and adding in place, with the bytes read and those written: processors read what a copy overwrites, too,
+    and no one counts it."""
+    values = COPIED[device.type] // 4
+
+    def two() -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.ones(values, device=device), torch.zeros(values, device=device)
+
+    def copy() -> Callable[[], object]:
+        target, source = two()
+        return lambda: target.copy_(source)
+
+    def add() -> Callable[[], object]:
+        target, source = two()
+        return lambda: target.add_(source)
+
+    return [Work(8.0 * values, copy), Work(12.0 * values, add)]
+
+
+def _upload(device: torch.device) -> Work:
+    def make() -> Callable[[], object]:
+        host = torch.zeros(COPIED["cpu"], dtype=torch.uint8, pin_memory=True)
+        target = torch.empty_like(host, device=device)
+        return lambda: target.copy_(host, non_blocking=True)
+
+    return Work(float(COPIED["cpu"]), make)
+
+
+def best_of(works: Sequence[Work], device: torch.device, seconds: float) -> Best:
+    """Of the first two works, and of those after them that the time is expected to allow."""
+    until, found = perf_counter() + seconds, list[Best]()
+    for number, work in enumerate(works):
+        left = until - perf_counter()
+        if number > 1 and 3 * work.amount / max(best.rate for best in found) > left:
+            continue
+        found.append(Best(work, _rate(work, device, perf_counter() + left / (len(works) - number))))
+    return max(found, key=lambda best: best.rate)
 
 
 @contextmanager
@@ -52,29 +152,15 @@ def _coarse_products(wanted: bool) -> Iterator[None]:
         settings.fp32_precision = before
 
 
-def _copy_rate(device: torch.device, seconds: float) -> float:
-    """Bytes a second, those read and those written, of copying or of adding in place, whichever is faster: processors
-    read what a copy overwrites, too, and no one counts it."""
-    source = torch.zeros(COPIED[device.type] // 4, device=device)
-    target, until = torch.ones_like(source), perf_counter() + seconds
-    copied = 2 * source.nbytes / _fastest(lambda: target.copy_(source), device, until - seconds / 2)
-    return max(copied, 3 * source.nbytes / _fastest(lambda: target.add_(source), device, until))
-
-
-def _upload_rate(device: torch.device, seconds: float) -> float:
-    host = torch.zeros(COPIED["cpu"], dtype=torch.uint8, pin_memory=True)
-    target = torch.empty_like(host, device=device)
-    return len(host) / _fastest(lambda: target.copy_(host, non_blocking=True), device, perf_counter() + seconds)
-
-
-def _fastest(work: Callable[[], object], device: torch.device, until: float) -> float:
-    """Seconds of the fastest call, of three at least, after one that is not counted."""
-    work()
-    times: list[float] = []
-    while len(times) < 3 or (perf_counter() < until and len(times) < 20):
-        start = mark(device)
-        work()
-        end = mark(device)
-        wait(device)
-        times.append(between(start, end))
-    return min(times)
+def _rate(work: Work, device: torch.device, until: float) -> float:
+    """Of the fastest call, of two at least, after one that is not counted."""
+    call, times = work.make(), list[float]()
+    with torch.no_grad():
+        call()
+        while len(times) < 2 or (perf_counter() < until and len(times) < CALLS):
+            start = mark(device)
+            call()
+            end = mark(device)
+            wait(device)
+            times.append(between(start, end))
+    return work.amount / min(times)

@@ -1,6 +1,7 @@
-"""Time and memory of the device that a profile is measured on."""
+"""Time and memory of the device that a profile is measured on, and what else its machine does."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from time import perf_counter
 
@@ -49,3 +50,22 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
     return 1024 * int(found.group(1)) if found else 0
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Length of what (start, end) spans cover together: what several cover is counted once."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def stored_reads() -> int:
+    """Bytes that this process has had fetched from storage so far; what came from the system's page cache is none of
+    them (man 5 proc, /proc/PID/io). 0 where the system does not tell."""
+    try:
+        found = re.search(r"^read_bytes: (\d+)", Path("/proc/self/io").read_text(), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(found.group(1)) if found else 0

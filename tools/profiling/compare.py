@@ -3,12 +3,13 @@
 Three figures decide: the time of a real step, the time of a synthetic one and, where both take equally many images a
 step, the peak of memory. They are what a run costs. Stages, the loader alone and the waiting are shown and marked, but
 decide nothing: a slower stage that hides behind others costs nothing, one that does not shows in the steps, and a dozen
-judges would cry wolf a dozen times as often.
+judges would cry wolf a dozen times as often. Nothing is decided of fewer than three rounds, and nothing of steps where
+the machine was not the same: its own rates differ, or what others took of it.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from tools.profiling.report import print_sheet
 from tools.profiling.tables import Sheet
 from tools.verify_report import printed
 
+ROUNDS = 3  # fewer say nothing of the spread
 NAMED = 12  # keys of the config that are told apart by name
 Mark = Literal["more", "less", ""]
 
@@ -62,7 +64,9 @@ def _apart(low: Seconds, high: Seconds) -> bool:
 
 def compare(a: Path, b: Path, *, tolerance: float, console: Console) -> bool:
     """Prints the ratios B over A. False where a real step, a synthetic step or memory takes over `tolerance` (0.1: a
-    tenth) more in B than in A, and no round of B was as fast as those of A (all but the slowest, of five or more).
+    tenth) more in B than in A, and no round of B was as fast as those of A (all but the slowest, of five or more). True
+    where that cannot be told, and why: of few rounds, or of steps that a machine took which itself differed by over
+    `tolerance`.
 
     Raises DataError where a file is no profile, and ConfigError where the two cannot be compared: one of a CPU and one
     of a GPU, whose stages and memory are other things by the same names; or no kind of step that both measured.
@@ -82,9 +86,38 @@ def compare(a: Path, b: Path, *, tolerance: float, console: Console) -> bool:
     for line in differences(one, other):
         _say(console, line, "yellow")
     console.print()
-    per_image = one.images != other.images
-    print_sheet(_sheet(rows, tolerance, "an image" if per_image else "a step"), console)
+    few, unlike = few_rounds(one, other), unlike_machines(one, other, tolerance)
+    left = [row.name for row in rows if row.decides and (few or (unlike and not row.memory))]
+    rows = [replace(row, decides=row.decides and row.name not in left) for row in rows]
+    print_sheet(_sheet(rows, tolerance, "an image" if one.images != other.images else "a step"), console)
+    if left:
+        why = few or f"the machine was not the same: {', '.join(unlike)}; profile both again, when it is quiet"
+        _say(console, f"Not decided: {', '.join(left)}, as {why}.", "bold yellow")
     return _conclude(rows, tolerance, console)
+
+
+def few_rounds(one: Profile, other: Profile) -> str:
+    """Why nothing can be decided; empty where there are rounds enough."""
+    steps = [seconds for profile in (one, other) for seconds in (profile.runs.real, profile.runs.synthetic)]
+    rounds = min((len(seconds) for seconds in steps if seconds), default=0)
+    few = "one round" if rounds == 1 else f"{rounds} rounds"
+    return f"one of them has {few}, of the {ROUNDS} it takes; give more --seconds" if rounds < ROUNDS else ""
+
+
+def unlike_machines(one: Profile, other: Profile, tolerance: float) -> list[str]:
+    """In what the machine itself differed by over `tolerance`: its rates, B over A, and the share of its processor time
+    that other processes used. The compute rate is that of a precision, so it is held against one of the same."""
+    a, b = one.ceilings, other.ceilings
+    rates = {"copy rate": (a.copy_bytes, b.copy_bytes), "upload rate": (a.host_to_device_bytes, b.host_to_device_bytes)}
+    if one.precision == other.precision:
+        rates["compute rate"] = (a.matmul_flops, b.matmul_flops)
+    found = []
+    for name, (before, after) in rates.items():
+        if before and after and not 1 / (1 + tolerance) <= after / before <= 1 + tolerance:
+            found.append(f"its {name} was {digits(after / before)} times that of A")
+    if one.others is not None and other.others is not None and abs(other.others - one.others) > tolerance:
+        found.append(f"others used {percent(one.others)} of it in A, {percent(other.others)} in B")
+    return found
 
 
 def pairs(one: Profile, other: Profile) -> list[Pair]:
@@ -124,9 +157,6 @@ def differences(one: Profile, other: Profile) -> list[str]:
     lines = [f"different {name}: {'; '.join(_short(changes))}" for name, changes in facts.items() if changes]
     if one.images != other.images:
         lines.append("steps of different sizes: times are given by the image")
-    rounds = min(len(profile.runs.real or profile.runs.synthetic) for profile in (one, other))
-    if rounds < 3:
-        lines.append(f"{rounds} rounds in one of them: the spread is hardly known; give more --seconds")
     return lines
 
 
@@ -163,7 +193,7 @@ def _sheet(rows: list[Pair], tolerance: float, of: str) -> Sheet:
         ratios = (digits(ratio.median), "" if row.memory else span(ratio)) if ratio else ("", "")
         cells = [_cell(spread(values), scale, row.memory) for values in (row.before, row.after)]
         said.append((row.name, *cells, *ratios, _remark(row, tolerance)))
-    return Sheet(("", f"A, {unit} {of}", "B", "B / A", "range", ""), tuple(said))
+    return Sheet(("", f"A, {unit} {of}", "B", "B / A", "range", ""), tuple(said), spare=(4,))
 
 
 def _cell(found: Spread | None, scale: float, memory: bool) -> str:
@@ -188,10 +218,10 @@ def _remark(row: Pair, tolerance: float) -> str:
 def _conclude(rows: list[Pair], tolerance: float, console: Console) -> bool:
     worse = [row for row in rows if row.mark(tolerance) == "more"]
     back = [row for row in worse if row.decides]
-    if not back:
-        _say(
-            console, f"No step back: whole steps and memory within {percent(tolerance)}, or within the spread.", "green"
-        )
+    decided = [row.name for row in rows if row.decides and row.ratio()]
+    if decided and not back:
+        within = f"within {percent(tolerance)}, or within the spread"
+        _say(console, f"No step back: {', '.join(decided)} {within}.", "green")
     for row in back:
         ratio = row.ratio()
         assert ratio

@@ -8,7 +8,7 @@ from tools.profiling.record import Binding, Ceilings, Profile, Seconds, Stage
 
 BINDS: dict[Binding, str] = {
     "read": "reading the files",
-    "decode": "decoding",
+    "decode": "decoding, or gathering",
     "copy": "copying to the device",
     "views": "cutting the views",
     "step": "the training step",
@@ -16,7 +16,7 @@ BINDS: dict[Binding, str] = {
     "host": "launching from Python",
 }
 ON_A_CPU = "Measured on a CPU: what binds here, and by how much, says little about a GPU."
-MACHINE = ("device", "cpu", "cores", "memory", "driver", "torch")  # of `machine`: what fits into one line
+MACHINE = ("device", "cpu", "cores", "threads", "memory", "driver", "torch")  # of `machine`: what fits into one line
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +65,8 @@ def whole_step(profile: Profile) -> float | None:
 
 
 def utilisation(profile: Profile) -> float | None:
-    """Model flops utilisation (Chowdhery et al. 2022, PaLM, appendix B), with the matmul rate that was measured here in
-    the place of a data sheet's: flops that a step needs, over those that its time would allow."""
+    """Model flops utilisation (Chowdhery et al. 2022, PaLM, appendix B), with the rate of products or convolutions that
+    was measured here in the place of a data sheet's: flops that a step needs, over those that its time would allow."""
     flops = sum(stage.flops or 0 for stage in profile.stages)
     seconds = whole_step(profile)
     return flops / seconds / profile.ceilings.matmul_flops if flops and seconds else None
@@ -81,6 +81,31 @@ def memory_ceiling(stage: Stage, ceilings: Ceilings) -> float | None:
             return ceilings.host_to_device_bytes
         case _:
             return ceilings.copy_bytes
+
+
+def percent_of(rate: float | None, ceiling: float | None) -> int | None:
+    """Whole percents; None where one of them is not known. May be above 100: see `above`."""
+    return round(100 * rate / ceiling) if rate and ceiling else None
+
+
+def above(profile: Profile) -> list[str]:
+    """Names of what is faster than the rate measured of the machine, the whole model's flops (MFU) among them."""
+    found = []
+    for stage in profile.stages:
+        flops, moved = achieved(stage.flops, stage.seconds), achieved(stage.bytes, stage.seconds)
+        shares = (
+            percent_of(flops, profile.ceilings.matmul_flops),
+            percent_of(moved, memory_ceiling(stage, profile.ceilings)),
+        )
+        found += [stage.name] * any((share or 0) > 100 for share in shares)
+    return found + ["MFU"] * (round(100 * (utilisation(profile) or 0)) > 100)
+
+
+def above_words(profile: Profile) -> str | None:
+    """Why a share of a rate may exceed 100 %; None where none does."""
+    names = above(profile)
+    why = "that rate is of other shapes and moments, not a limit"
+    return f"Above 100 %, so above the measured rate: {', '.join(names)}; {why}." if names else None
 
 
 def achieved(work: float | None, seconds: Seconds) -> float | None:
@@ -136,7 +161,7 @@ def hours_text(hours: float) -> str:
 
 def machine_line(profile: Profile) -> str:
     found = {key: str(profile.machine[key]) for key in MACHINE if key in profile.machine}
-    words = {"cores": "{} cores", "driver": "driver {}", "torch": "torch {}"}
+    words = {"cores": "{} cores", "threads": "torch threads: {}", "driver": "driver {}", "torch": "torch {}"}
     return ", ".join(dict.fromkeys(words.get(key, "{}").format(value) for key, value in found.items()))
 
 
@@ -150,8 +175,7 @@ def advice_gain(expected: float | None, measured: bool, now: Spread | None) -> s
     """What a line of advice brings, as far as it can be told."""
     if expected is None:
         return "what it brings shows only when it is tried"
-    how = "measured" if measured else "expected from the other stages"
-    if now is None:
-        return f"{rate_text(expected)} images/s, {how}"
-    times = expected / now.median
-    return f"{rate_text(expected)} images/s instead of {rate_text(now.median)} ({digits(times)}x), {how}"
+    times = f" instead of {rate_text(now.median)} ({digits(expected / now.median)}x)" if now else ""
+    if measured:
+        return f"{rate_text(expected)} images/s{times}, measured"
+    return f"at most {rate_text(expected)} images/s{times}: a bound, not measured"

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from pipelines import build_source, build_stream
 from pipelines.frames import Frames
 from pipelines.loader import ViewStream
 from pipelines.placement import settle
+from pipelines.prefetch import prefetch
 from ressl.batch import Batch
 from ressl.batchnorm import normalised_together
 from ressl.config import Config
@@ -26,6 +27,14 @@ from ressl.step import TrainStep, build_step
 from tools.decoding import shown_decoding
 
 
+@dataclass(slots=True)
+class Place:
+    """How far the feeds have gone through the images."""
+
+    epoch: int
+    step: int  # of the epoch, the next one
+
+
 @dataclass(frozen=True, slots=True)
 class OpenRun:
     cfg: Config
@@ -34,7 +43,7 @@ class OpenRun:
     take_step: TrainStep
     held: Frames  # of one micro-batch, on the device
     cores: int
-    epochs: Iterator[int]  # not begun yet; their views have full size
+    place: Place  # of epochs whose views have full size
     steps: Iterator[int]  # counts those taken
 
     @property
@@ -96,33 +105,47 @@ def open_run(cfg: Config, console: Console) -> OpenRun:
     take_step.method.train()
     first = full_size_epoch(cfg)
     held = next(stream.frames(first))
-    return OpenRun(cfg, runtime, stream, take_step, held, cores, count(first + 1), count())
+    return OpenRun(cfg, runtime, stream, take_step, held, cores, Place(first + 1, 0), count())
 
 
 # --- images ----------------------------------------------------------------------------------------------------------
 
 
 def feed(run: OpenRun, steps: int) -> Generator[Frames]:
-    """Frames of the last `steps` steps of epochs that were not begun yet: other images than those of any feed before,
-    as far as the set goes."""
-    for epoch, first in _ends_of_epochs(run, steps):
-        yield from run.stream.frames(epoch, first)
+    """Frames of the next `steps` steps, prepared as `ViewStream.frames` prepares them. Feeds go through an epoch one
+    after another, so no image comes twice before all have come once; a new epoch has an order of its own."""
+    source, seed = run.stream.source, run.stream.sampler.seed
+    for epoch, positions in _parts(run, steps):
+        stream = source.stream(positions, salt=seed + (epoch << 32))
+        yield from prefetch(stream, run.device, depth=run.cfg.data.prefetch)
 
 
 def places(run: OpenRun, steps: int) -> Iterator[np.ndarray]:
     """Positions (B,) of such images, one array for each micro-batch."""
-    for epoch, first in _ends_of_epochs(run, steps):
-        yield from run.stream.sampler.epoch(epoch, first)
+    for _, positions in _parts(run, steps):
+        yield from positions
 
 
-def _ends_of_epochs(run: OpenRun, steps: int) -> Iterator[tuple[int, int]]:
+def _parts(run: OpenRun, steps: int) -> Iterator[tuple[int, Iterator[np.ndarray]]]:
+    """Epochs, and what is taken of each."""
+    place, epoch_steps = run.place, run.stream.steps_per_epoch
     while steps > 0:
-        taken = min(steps, run.stream.steps_per_epoch)
-        yield next(run.epochs), run.stream.steps_per_epoch - taken
-        steps -= taken
+        if place.step == epoch_steps:
+            place.epoch, place.step = place.epoch + 1, 0
+        taken, epoch, first = min(steps, epoch_steps - place.step), place.epoch, place.step
+        place.step, steps = first + taken, steps - taken
+        yield epoch, islice(run.stream.sampler.epoch(epoch, first), taken * run.cfg.optim.accumulate)
 
 
 # --- the step in pieces ----------------------------------------------------------------------------------------------
+
+
+def gradient_buffer(run: OpenRun) -> Tensor | None:
+    """Zeros (n,) in the place of a step's gradients, as they travel; None where there is one rank."""
+    if run.runtime.world_size == 1:
+        return None
+    dtype = torch.bfloat16 if run.cfg.run.gradient_compression == "bf16" else torch.float32
+    return torch.zeros(sum(p.numel() for p in run.method.student.parameters()), dtype=dtype, device=run.device)
 
 
 def step_in_pieces(
@@ -136,7 +159,8 @@ def step_in_pieces(
     """What `TrainStep` and the loader do in a step, one piece after another; `end_of` is told of each piece when all of
     it was launched. Weights keep still: the rate is 0.
 
-    `gradients` (n,) is summed over the ranks after the backward pass, not beside it. `autocast` instead of the run's.
+    `gradients` (n,) is summed over the ranks after the backward pass, not beside it: once all ranks are there, which
+    the piece `ranks` waits for. `autocast` instead of the run's.
     """
     runtime, method, carries = run.runtime, run.method, []
     set_learning_rate_(run.take_step.optimizer, 0.0)
@@ -157,6 +181,8 @@ def step_in_pieces(
         carries.append(keys)
         del student, loss  # which hold the graph
     if gradients is not None:
+        dist.all_reduce(gradients[:1])  # one number: what passes until then is the slower ranks' work
+        end_of("ranks")
         dist.all_reduce(gradients)
         end_of("all-reduce")
     run.take_step.optimizer.step()

@@ -7,6 +7,7 @@ import yaml
 from tools.profiling.figures import (
     BINDS,
     ON_A_CPU,
+    above_words,
     advice_gain,
     hours_text,
     images_per_s,
@@ -33,8 +34,9 @@ from tools.profiling.plots import (
 )
 from tools.profiling.record import Advice, Profile
 from tools.profiling.style import STYLE, WIDTHS
-from tools.profiling.tables import CAPTION, Sheet, run_sheet, scaling_sheet, stage_sheet, totals
+from tools.profiling.tables import Sheet, run_sheet, scaling_sheet, stage_sheet, stage_words, totals
 
+STEP = "One step on the config's data, piece by piece"
 Plot = Callable[[Profile, float], str | None]
 
 
@@ -98,7 +100,7 @@ def _tiles(profile: Profile) -> str:
         ("images/s in training", rate_text(rate.median) if rate else None, rounds),
         ("real over synthetic data", percent(ratio.median) if ratio else None, "100 %: loading costs nothing"),
         ("waiting for data", percent(wait.median) if wait else None, "of a step"),
-        ("MFU", percent(used) if used else None, "of the matmul rate measured here"),
+        ("MFU", percent(used) if used else None, "of the compute rate measured here"),
         ("whole training", hours_text(profile.predicted_hours), f"{profile.total_steps:,} steps, no evaluations"),
     ]
     cells = "".join(
@@ -127,8 +129,21 @@ def _timeline(profile: Profile) -> str:
         f'<li><span><i style="background:{colour(name)}"></i>{escape(f"{name} {text}")}</span></li>'
         for name, text in lengths(profile).items()
     )
+    return _section(STEP, _step_words(profile), f'{drawn}<ul class="legend">{legend}</ul>')
+
+
+def _step_words(profile: Profile) -> str:
+    """What the pieces are, and what of the run they lack."""
     words = "The loader prepares the next images while the device computes; gaps in the device's lane are lost time."
-    return _section("One step of the real run", words, f'{drawn}<ul class="legend">{legend}</ul>')
+    if any(span.name == "ranks" for span in profile.timeline):
+        words += " Ranks: waiting until all of them are there."
+    lacks = []
+    if profile.world_size > 1 and all(span.name != "all-reduce" for span in profile.timeline):
+        lacks.append("the exchange of gradients")
+    settings = profile.config.get("run")
+    if profile.device == "cuda" and isinstance(settings, dict) and settings.get("cuda_graphs"):
+        lacks.append("the graph that the run replays")
+    return f"{words} Taken without {' and '.join(lacks)}." if lacks else words
 
 
 def _plots(profile: Profile) -> list[str]:
@@ -141,7 +156,7 @@ def _plots(profile: Profile) -> list[str]:
             "no stage was measured alone",
         ),
         (
-            "How near to the machine's limits",
+            "How near to the machine's rates",
             _roof_words(profile),
             roofline,
             "of no stage both flops and bytes are known",
@@ -154,7 +169,7 @@ def _plots(profile: Profile) -> list[str]:
         ),
         (
             "Training by processes",
-            "Images/s over all. Dotted: the first point, times the processes.",
+            f"Images/s over all. {_process_words(profile)}",
             process_curve,
             _few("processes", profile),
         ),
@@ -164,16 +179,23 @@ def _plots(profile: Profile) -> list[str]:
     parts = [_section(heading, words, body, css="half") for heading, words, body in drawn]
     missing = [f"{heading}: {why}." for heading, _, body, why in shown if not body]
     if not profile.timeline:
-        missing.append("One step of the real run: not recorded.")
+        missing.append(f"{STEP}: not recorded.")
     place = "half brief" if len(parts) % 2 else ""  # beside the last plot, where there is room
     return parts + ([_section("Not drawn", " ".join(missing), "", css=place)] if missing else [])
+
+
+def _process_words(profile: Profile) -> str:
+    if profile.device == "cpu":
+        return "They share the cores of one machine, so there is no ideal."
+    return "Dotted: the first point, times the processes."
 
 
 def _roof_words(profile: Profile) -> str:
     words = "The lines are the rates measured on this machine; what is far below both is bound by something else."
     shown = {name for name, _, _ in on_the_roof(profile)}
     unknown = [stage.name for stage in profile.stages if stage.lane == "device" and stage.name not in shown]
-    return f"{words} Not shown, as their flops or bytes are not counted: {', '.join(unknown)}." if unknown else words
+    hidden = f"Not shown, as their flops or bytes are not counted: {', '.join(unknown)}." if unknown else None
+    return " ".join(filter(None, [words, above_words(profile), hidden]))
 
 
 def _few(what: str, profile: Profile) -> str:
@@ -199,13 +221,13 @@ def _table(sheet: Sheet) -> str:
 
 
 def _tables(profile: Profile) -> str:
-    notes = "".join(
-        f'<p class="soft">{escape(stage.name)}: {escape(stage.note)}</p>' for stage in profile.stages if stage.note
-    )
+    caption, *words = stage_words(profile)
+    notes = "".join(f'<p class="soft">{escape(line)}</p>' for line in words)
     body = _table(stage_sheet(profile)) + notes + _table(run_sheet(profile))
     body += _table(scaling_sheet("decoding threads", profile.loader_scaling))
-    body += _table(scaling_sheet("processes", profile.scaling)) if len(profile.scaling) > 1 else ""
-    return _section("All figures", f"Median and range over the rounds. {CAPTION}", body + _pairs(totals(profile)))
+    if len(profile.scaling) > 1:
+        body += _table(scaling_sheet("processes", profile.scaling, ideal=profile.device == "cuda"))
+    return _section("All figures", f"Median and range over the rounds. {caption}", body + _pairs(totals(profile)))
 
 
 def _pairs(rows: list[tuple[str, str]]) -> str:
@@ -219,7 +241,7 @@ def _origin(profile: Profile) -> str:
         ("date", profile.date),
         ("commit", profile.commit or "not known"),
         ("warm-up", f"{profile.warm_up:,} steps before the first counted one"),
-        *((name, str(value)) for name, value in profile.machine.items()),
+        *(("torch threads" if name == "threads" else name, str(value)) for name, value in profile.machine.items()),
     ]
     config = yaml.safe_dump(profile.config, sort_keys=False, width=100, allow_unicode=True)
     body = (

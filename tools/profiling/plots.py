@@ -25,9 +25,11 @@ from tools.profiling.record import Point, Profile
 from tools.profiling.style import COLOURS, OTHER
 from tools.verify_report import printed
 
-LETTER = 6.6  # px that a letter takes at most, on average
+LETTER = 7.0  # px that a letter takes at most, on average
 LANE, ROW = 40, 22  # px
-Area = tuple[float, float, float, float]
+Area = tuple[float, float, float, float]  # left, top, right, bottom
+Place = tuple[float, float]
+Dot = tuple[str, float, float, int]  # name, centre, radius
 
 
 def escape(text: str) -> str:
@@ -85,7 +87,7 @@ def ticks(high: float, count: int) -> list[float]:
 
 
 def timeline(profile: Profile, width: float) -> str | None:
-    """One step of the real run: what the loader and the device do meanwhile."""
+    """One step in pieces, each launched alone: what the loader and the device do meanwhile."""
     spans = profile.timeline
     end = max((span.end for span in spans), default=0)
     if end <= 0:
@@ -112,7 +114,7 @@ def timeline(profile: Profile, width: float) -> str | None:
                 css = "inside" if span.name != "wait" else "inverse"
                 body.append(_text(x + length / 2, y + LANE / 2 + 4, span.name, css, "middle"))
     words = "; ".join(f"{span.lane}: {span.name} {digits(scale * (span.end - span.start))} {unit}" for span in spans)
-    return _svg("timeline", (width, height + 20), "One step of the real run", words, body)
+    return _svg("timeline", (width, height + 20), "One step, piece by piece", words, body)
 
 
 def lengths(profile: Profile) -> dict[str, str]:
@@ -231,47 +233,89 @@ def roofline(profile: Profile, width: float) -> str | None:
     foot = max(x.low, y.low / copy)
     roof = [(foot, foot * copy), (peak / copy, peak), (x.high, peak)]
     body.append(_path([(x.at(one), y.at(other)) for one, other in roof], "roof"))
-    body.append(_text(x.end, y.at(peak) - 6, f"matmul {digits(scale * peak)} {unit}", "halo", "end"))
-    body.append(
-        _along(x.at(foot), y.at(foot * copy), (x.at(peak / copy), y.at(peak)), f"copy {digits(copy / 1e9)} GB/s")
-    )
-    dots = [(name, x.at(intensity), y.at(rate)) for name, intensity, rate in found]
+    start, ridge = (x.at(foot), y.at(foot * copy)), (x.at(peak / copy), y.at(peak))
+    dots = _rings([(name, x.at(intensity), y.at(rate)) for name, intensity, rate in found])
     said = [f"{name}: {digits(scale * rate)} {unit} at {digits(flops)} flops a byte" for name, flops, rate in found]
-    for (name, cx, cy), full in zip(dots, said, strict=True):
-        body.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="5" style="fill:{colour(name)}">')
+    for (name, cx, cy, radius), full in reversed(list(zip(dots, said, strict=True))):  # the largest below
+        body.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="{radius}" class="spot" style="fill:{colour(name)}">')
         body.append(f"<title>{escape(full)}</title></circle>")
-    body += _labels(dots, (x.start, x.end, y.end, y.start))
-    return _svg("roofline", (width, height), "Stages under the machine's measured ceilings", "; ".join(said), body)
+    slope, along = _along(start, ridge, f"copy {digits(copy / 1e9)} GB/s")
+    body.append(slope)
+    full_areas = [*along, *_under(start, ridge), (ridge[0], ridge[1] - 1, x.end, ridge[1] + 1)]
+    body += _labels(
+        dots, (f"compute {digits(scale * peak)} {unit}", ridge[1]), full_areas, (x.start, y.end, x.end, y.start)
+    )
+    return _svg("roofline", (width, height), "Stages and the rates measured on this machine", "; ".join(said), body)
 
 
-def _along(x: float, y: float, end: tuple[float, float], words: str) -> str:
-    """Words above the line from (x, y) to `end`, from its start."""
-    angle = math.degrees(math.atan2(end[1] - y, end[0] - x))
-    return f'<g transform="translate({x:.1f} {y:.1f}) rotate({angle:.1f})">{_text(12, -6, words, "halo")}</g>'
-
-
-def _area(left: float, base: float, words: str) -> Area:
-    return (left, base - 11, left + LETTER * len(words), base + 3)
-
-
-def _labels(dots: Sequence[tuple[str, float, float]], inside: Area) -> list[str]:
-    """Names beside dots, each at the first place around its own that covers no dot and no other name."""
-    full, body = [(x - 6, y - 6, x + 6, y + 6) for _, x, y in dots], []
+def _rings(dots: Sequence[tuple[str, float, float]]) -> list[Dot]:
+    """What lies upon an earlier one is larger, so that a ring of it is seen."""
+    found: list[Dot] = []
     for name, x, y in dots:
-        length = LETTER * len(name)
-        places = [(x + 9, y + 4 + dy) for dy in (0, 14, -14, 28, 42)]
-        places += [(x - length / 2, y + dy) for dy in (20, -11, 34)]
-        places += [(x - 9 - length, y + 4 + dy) for dy in (0, 14, -14)]
-        areas = [_area(left, base, name) for left, base in places]
-        free = [
-            place
-            for place, area in zip(places, areas, strict=True)
-            if inside[0] <= area[0] and area[2] <= inside[1] and inside[2] <= area[1] and area[3] <= inside[3]
-            if not any(area[0] < x2 and x1 < area[2] and area[1] < y2 and y1 < area[3] for x1, y1, x2, y2 in full)
-        ]
-        left, base = (free or places)[0]
-        full.append(_area(left, base, name))
-        body.append(_text(left, base, name, "halo"))
+        below = [radius for _, x2, y2, radius in found if math.hypot(x - x2, y - y2) < 8]
+        found.append((name, x, y, max(below, default=2) + 3))
+    return found
+
+
+def _under(start: Place, end: Place) -> list[Area]:
+    """What the line from `start` to `end` covers."""
+    count = max(1, int(math.dist(start, end) / 6))
+    at = [
+        (start[0] + (end[0] - start[0]) * n / count, start[1] + (end[1] - start[1]) * n / count) for n in range(count)
+    ]
+    return [(x - 2, y - 2, x + 2, y + 2) for x, y in at]
+
+
+def _along(start: Place, end: Place, words: str) -> tuple[str, list[Area]]:
+    """Words above the line from `start` to `end`, and what they cover."""
+    angle = math.atan2(end[1] - start[1], end[0] - start[0])
+    turned = f"translate({start[0]:.1f} {start[1]:.1f}) rotate({math.degrees(angle):.1f})"
+    areas = []
+    for number in range(len(words)):
+        far = 12 + LETTER * (number + 0.5)
+        x = start[0] + far * math.cos(angle) + 10 * math.sin(angle)
+        y = start[1] + far * math.sin(angle) - 10 * math.cos(angle)
+        areas.append((x - 6, y - 6, x + 6, y + 6))
+    return f'<g transform="{turned}">{_text(12, -6, words, "halo")}</g>', areas
+
+
+def _area(place: Place, words: str) -> Area:
+    """Of words that begin at `place`."""
+    return (place[0], place[1] - 11, place[0] + LETTER * len(words), place[1] + 3)
+
+
+def _free(places: Sequence[Place], words: str, full: Sequence[Area], inside: Area) -> Place:
+    """The first at which the words cover nothing and stay inside; else the first."""
+    left, top, right, bottom = inside
+    for place in places:
+        x1, y1, x2, y2 = _area(place, words)
+        if x1 < left or y1 < top or x2 > right or y2 > bottom:
+            continue
+        if not any(x1 < area[2] and area[0] < x2 and y1 < area[3] and area[1] < y2 for area in full):
+            return place
+    return places[0]
+
+
+def _labels(dots: Sequence[Dot], roof: tuple[str, float], full: Sequence[Area], inside: Area) -> list[str]:
+    """The roof's name along it, and those of the dots around them, each where it covers nothing of `full`, no dot and
+    no other name; a thin line leads to one that is further away."""
+    words, level = roof
+    taken: list[Area] = [*full, *((x - far, y - far, x + far, y + far) for _, x, y, far in dots)]
+    ends = [inside[2] - LETTER * len(words) - back for back in (0, 60, 120, 180)]
+    place = _free([(x, level + dy) for dy in (-6, 15, -20) for x in ends], words, taken, inside)
+    taken.append(_area(place, words))
+    body = [_text(*place, words, "halo")]
+    for name, x, y, far in dots:
+        half = LETTER * len(name) / 2
+        beside = [(x + sign * (far + 4 + half) - half, y + 4 + dy) for dy in (0, 12, -12) for sign in (1, -1)]
+        around = [(x - half + dx, y + dy) for dy in (far + 12, -far - 4) for dx in (0, half, -half)]
+        away = [(x - half + dx, y + 4 + dy) for dy in (32, -32, 48, -48, 64, -64) for dx in (0, 40, -40, 80, -80)]
+        place = _free([*beside, *around, *away], name, taken, inside)
+        taken.append(_area(place, name))
+        if place in away:
+            starts, ends_at = (y + far, place[1] - 11) if place[1] > y else (y - far, place[1] + 3)
+            body.append(_line(x, starts, place[0] + half, ends_at, "leader"))
+        body.append(_text(*place, name, "halo"))
     return body
 
 
@@ -281,19 +325,27 @@ def _labels(dots: Sequence[tuple[str, float, float]], inside: Area) -> list[str]
 def loader_curve(profile: Profile, width: float) -> str | None:
     """Images/s of the loader by its threads, and the rate that one rank's step would need."""
     needed = spread(rates(profile.images, profile.runs.synthetic))
-    need = (needed.median, f"the step takes {rate_text(needed.median)}") if needed else None
+    need = (needed.median, f"the step takes {rate_text(needed.median)} images/s") if needed else None
     return _curve("loader", "Loader by decoding threads", "threads", profile.loader_scaling, width, need=need)
 
 
 def process_curve(profile: Profile, width: float) -> str | None:
-    """Images/s of whole steps by processes, and what they would be if none cost anything."""
-    return _curve("processes", "Whole steps by processes", "processes", profile.scaling, width, need=None)
+    """Images/s of whole steps by processes, and on GPUs what they would be if none cost anything."""
+    title, ideal = "Whole steps by processes", profile.device == "cuda"
+    return _curve("processes", title, "processes", profile.scaling, width, ideal=ideal)
 
 
 def _curve(
-    name: str, title: str, what: str, points: Sequence[Point], width: float, *, need: tuple[float, str] | None
+    name: str,
+    title: str,
+    what: str,
+    points: Sequence[Point],
+    width: float,
+    *,
+    need: tuple[float, str] | None = None,
+    ideal: bool = True,
 ) -> str | None:
-    """Nothing is drawn of fewer than two points. The dotted line is the first point's rate, times the count."""
+    """Nothing is drawn of fewer than two points. Ideal, a dotted line, is the first point's rate, times the count."""
     rows = [(p.count, rate) for p in points if p.count > 0 and (rate := spread(p.images_per_s))]
     found = sorted(((count, rate) for count, rate in rows if rate.median > 0), key=lambda row: row[0])
     if len({count for count, _ in found}) < 2:
@@ -301,7 +353,7 @@ def _curve(
     height = round(width * (0.5 if width > 400 else 0.75))
     (fewest, first), most = found[0], found[-1][0]
     highest = max(rate.high for _, rate in found)
-    ends = (highest, min(first.median / fewest * most, 1.5 * highest), need[0] if need else 0)
+    ends = (highest, ideal * min(first.median / fewest * most, 1.5 * highest), need[0] if need else 0)
     top = 1.1 * max(ends)
     x = _Log(fewest, most, 78, width - 34)
     bottom, up = height - 36, (height - 36 - 20) / top
@@ -309,9 +361,10 @@ def _curve(
     for tick in ticks(top, 5):
         body.append(_line(56, bottom - tick * up, width - 8, bottom - tick * up, "grid"))
         body.append(_text(50, bottom - tick * up + 4, rate_text(tick) if tick else "0", "soft", "end"))
-    ideal = [fewest * (most / fewest) ** (number / 40) for number in range(41)]
-    inside = [(x.at(count), bottom - first.median / fewest * count * up) for count in ideal]
-    body.append(_path([point for point in inside if point[1] >= 20], "ideal"))
+    if ideal:
+        counts = [fewest * (most / fewest) ** (number / 40) for number in range(41)]
+        line = [(x.at(count), bottom - first.median / fewest * count * up) for count in counts]
+        body.append(_path([point for point in line if point[1] >= 20], "ideal"))
     if need:
         body.append(_line(56, bottom - need[0] * up, width - 8, bottom - need[0] * up, "need"))
         body.append(_text(60, bottom - need[0] * up - 6, need[1], "warm halo"))

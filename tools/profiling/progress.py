@@ -32,7 +32,8 @@ class Phases:
         self.bar.stop()
 
     def tell(self, text: str, left: float) -> None:
-        """`left`: seconds until all is done, as far as is known."""
+        """`left`: seconds until all is done, as far as is known; nobody has less than none left."""
+        left = max(0.0, left)
         done = perf_counter() - self.began
         self.bar.update(self.task, description=text, completed=done, total=done + left, left=left)
         if self.enabled and not self.console.is_terminal and text != self.text:

@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Literal
 import torch.distributed as dist
 
 from pipelines import check_data
+from pipelines.placement import share
 from ressl.batch import DataError
 from ressl.config import Config
 from ressl.config_file import load_config, save_config
@@ -23,11 +24,13 @@ from tools.profiling.record import Measured, Point
 from tools.terminal import plain_console
 
 ROOT = Path(__file__).resolve().parents[2]
-RANK = f"""import sys
+RANK = f"""import signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 sys.path.insert(0, {str(ROOT)!r})
 from tools.profiling.ranks import main
 sys.exit(main(*sys.argv[1:]))"""
-"""What a rank runs: a module by its name would be looked for where the user is."""
+"""What a rank runs: a module by its name would be looked for where the user is. Ctrl-C, which the terminal sends to the
+launcher too, ends it without a word, also while it imports."""
 BY_A_SIGNAL = 128  # exit codes above
 THREADS = "OMP_NUM_THREADS"
 Kind = Literal["all", "steps"]
@@ -45,16 +48,19 @@ def at(cfg: Config, count: int, of: int) -> Config:
     return cfg.model_copy(update={"optim": optim})
 
 
-def measure_ranks(cfg: Config, count: int, *, seconds: float, trace: Path | None) -> Measured:
-    """What rank 0 of `count` processes measured. Raises ProcessesFailed, after which a rank has said why."""
+def measure_ranks(cfg: Config, count: int, *, seconds: float, until: float, trace: Path | None) -> Measured:
+    """What rank 0 of `count` processes measured, in the time that `measure` is given. Raises ProcessesFailed, after
+    which a rank has said why."""
     with tempfile.TemporaryDirectory(prefix="ressl-profile-") as directory:
         out = Path(directory) / "measured.json"
-        _start(cfg, Path(directory), count, "all", seconds, out, *([trace] if trace else []))
+        words = (str(seconds), str(until), *([str(trace)] if trace else []))
+        _start(cfg, Path(directory), count, "all", out, *words)
         return Measured.model_validate_json(out.read_bytes())
 
 
-def measure_fewer(cfg: Config, count: int, *, of: int, seconds: float) -> Point | str:
-    """Images/s over `count` processes, each with its share of a run on `of`; or why they cannot run it."""
+def measure_fewer(cfg: Config, count: int, *, of: int, until: float) -> Point | str:
+    """Images/s over `count` processes, each with the work, the cores and the threads of one of a run on `of`; or why
+    they cannot run it. There is time `until` (of time.monotonic), their start included."""
     smaller = at(cfg, count, of)
     try:
         check_data(smaller, preferred_device(cfg.run), count)
@@ -63,7 +69,8 @@ def measure_fewer(cfg: Config, count: int, *, of: int, seconds: float) -> Point 
     with tempfile.TemporaryDirectory(prefix="ressl-profile-") as directory:
         out = Path(directory) / "point.json"
         try:
-            _start(smaller, Path(directory), count, "steps", seconds, out)
+            with _cores_of(count, of):
+                _start(smaller, Path(directory), count, "steps", out, str(until))
         except ProcessesFailed as failed:
             if failed.exit_code > BY_A_SIGNAL:  # Ctrl-C is meant for all
                 raise
@@ -71,15 +78,15 @@ def measure_fewer(cfg: Config, count: int, *, of: int, seconds: float) -> Point 
         return Point.model_validate_json(out.read_bytes())
 
 
-def _start(cfg: Config, directory: Path, count: int, kind: Kind, seconds: float, out: Path, *trace: Path) -> None:
+def _start(cfg: Config, directory: Path, count: int, kind: Kind, out: Path, *words: str) -> None:
     path = config_path(directory)
     save_config(cfg, path)
-    with _cores_for(count):
-        run_processes(["-c", RANK, kind, str(path), str(seconds), str(out), *map(str, trace)], count)
+    with _threads_for(count):
+        run_processes(["-c", RANK, kind, str(path), str(out), *words], count)
 
 
 @contextmanager
-def _cores_for(count: int) -> Iterator[None]:
+def _threads_for(count: int) -> Iterator[None]:
     """Each of `count` processes computes on its share of the cores, unless the user has said on how many."""
     if THREADS in os.environ:
         yield
@@ -91,23 +98,42 @@ def _cores_for(count: int) -> Iterator[None]:
         del os.environ[THREADS]
 
 
+@contextmanager
+def _cores_of(count: int, of: int) -> Iterator[None]:
+    """What is started runs on the cores that fall to `count` of `of` processes (pipelines/placement.py)."""
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores_of(sorted(allowed), count, of))
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def cores_of(allowed: Sequence[int], count: int, of: int) -> set[int]:
+    """Of the `allowed` cores, those of the first `count` of `of` processes."""
+    return {core for rank in range(count) for core in share(allowed, [None] * of, rank)}
+
+
 # --- in each process -------------------------------------------------------------------------------------------------
 
 
-def main(kind: Kind, config: str, seconds: str, out: str, *trace: str) -> int:
-    """Rank 0 writes what it measured to `out`, as JSON, and its trace to `trace`. Returns the exit code."""
+def main(kind: Kind, config: str, out: str, *words: str) -> int:
+    """Rank 0 writes what it measured to `out`, as JSON. The words are those of `kind`: seconds, until when, and where
+    to leave a trace, or until when. Returns the exit code."""
     end_with_launcher()
-    return exit_code(partial(_measure, kind, config, seconds, out, *trace))
+    return exit_code(partial(_measure, kind, config, out, *words))
 
 
-def _measure(kind: Kind, config: str, seconds: str, out: str, *trace: str) -> None:
-    cfg, console, allowed = load_config(Path(config)), plain_console(), float(seconds)
+def _measure(kind: Kind, config: str, out: str, *words: str) -> None:
+    cfg, console = load_config(Path(config)), plain_console()
     found: Measured | Point
     match kind:
         case "all":
-            found = measure(cfg, console, seconds=allowed, trace=Path(trace[0]) if trace else None)
+            seconds, until, *trace = words
+            path = Path(trace[0]) if trace else None
+            found = measure(cfg, console, seconds=float(seconds), until=float(until), trace=path)
         case "steps":
-            rates = steps_alone(cfg, console, seconds=allowed)
+            rates = steps_alone(cfg, console, until=float(*words))
             found = Point(count=dist.get_world_size(), images_per_s=rates)
     if dist.get_rank() == 0:
         Path(out).write_text(found.model_dump_json())

@@ -5,15 +5,16 @@ Every duration is in seconds, every rate a second, every list of durations has o
 """
 
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from ressl.batch import DataError
 from ressl.config_parts import Section
 
 FORMAT: Final = 1
 Seconds = tuple[float, ...]
+Number = Annotated[int, Field(ge=1)]  # of what there is at least one of
 Lane = Literal["loader", "device"]
 """loader: what prepares the next frames beside the step. device: what the step itself is made of, in order."""
 StageName = Literal[
@@ -52,14 +53,14 @@ class Runs(Section):
     synthetic: Seconds
     loader: Seconds
     wait: Seconds  # of each real step, the part in which the loop waited for its data
-    launch: Seconds = ()  # of each synthetic step on a GPU, the time that the host took to launch it
-    busy: float | None = None  # of a synthetic step on a GPU, the seconds in which it computed
+    launch: Seconds = ()  # of a synthetic step on a GPU that has nothing to do, the host's time to launch it
+    busy: float | None = None  # of a synthetic step on a GPU, the seconds in which it computed or sent
 
 
 class Ceilings(Section):
     """What this machine reaches at all, measured in the same run."""
 
-    matmul_flops: float  # a second, in the step's precision
+    matmul_flops: float  # a second, of products or 3x3 convolutions, in the step's precision
     copy_bytes: float  # a second, read and written, in the memory of the device
     host_to_device_bytes: float | None = None  # a second, from page-locked memory; None where there is no GPU
 
@@ -67,7 +68,7 @@ class Ceilings(Section):
 class Point(Section):
     """Of a curve: with `count` workers or processes, `images_per_s` over all, one value a round."""
 
-    count: int
+    count: Number
     images_per_s: tuple[float, ...]
 
 
@@ -86,7 +87,7 @@ class Advice(Section):
     line: str  # as typed behind the config: section.key=value; or a command
     why: str
     images_per_s: float | None  # expected over all ranks; None where it cannot be told
-    measured: bool  # whether that was measured, or follows from the other stages
+    measured: bool  # whether the run itself was measured so; otherwise it is a bound: at most so many
 
 
 class Verdict(Section):
@@ -99,9 +100,11 @@ class Measured(Section):
     """What was measured, before anybody judges it; by rank 0 where there are several. Names as in `Profile`."""
 
     device: Literal["cpu", "cuda"]
-    world_size: int
-    images: int
-    cores: int  # that this rank's threads may run on
+    world_size: Number
+    images: Number
+    cores: Number  # that this rank's threads may run on
+    threads: Number = 1  # of torch, in this rank
+    others: float | None = None
     warm_up: int
     stages: tuple[Stage, ...]
     runs: Runs
@@ -109,11 +112,11 @@ class Measured(Section):
     memory_peak: int
     loader_scaling: tuple[Point, ...]
     timeline: tuple[Span, ...]
-    total_steps: int
+    total_steps: Number
     side: int  # pixels; the longer side of the images as they are stored, on average
     set_bytes: float  # of all images of the training set, decoded
     free_bytes: float  # where a resident set would lie: memory that this rank may take
-    speedups: dict[str, float]  # by line of the config: how much faster the step alone was with it, in this run
+    speedups: dict[str, tuple[float, ...]]  # by line of the config: times as fast as without it, of the step alone
     notes: tuple[str, ...]
 
 
@@ -123,12 +126,12 @@ class Profile(Section):
     command: str
     date: str  # ISO 8601, UTC
     commit: str | None
-    machine: dict[str, str | int]
+    machine: dict[str, str | int]  # `threads` are torch's, of one rank
     config: dict[str, Any]
     device: Literal["cpu", "cuda"]
     precision: str
-    world_size: int
-    images: int  # of a step, this rank
+    world_size: Number
+    images: Number  # of a step, this rank
     warm_up: int  # steps before the first counted one
     stages: tuple[Stage, ...]  # in the order of StageName; what does not take place is left out
     runs: Runs
@@ -137,10 +140,11 @@ class Profile(Section):
     loader_scaling: tuple[Point, ...]  # by decoding threads
     scaling: tuple[Point, ...]  # by processes; the last one is the run itself
     timeline: tuple[Span, ...]
-    total_steps: int
+    total_steps: Number
     predicted_hours: float  # of training: no evaluations, no checkpoints
     verdict: Verdict
     notes: tuple[str, ...] = ()  # what to know when reading the figures
+    others: float | None = None  # share of this machine's processor time that other processes used during the rounds
 
 
 def read_profile(path: Path) -> Profile:

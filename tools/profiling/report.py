@@ -14,7 +14,7 @@ from tools.output import atomic_output
 from tools.profiling.figures import BINDS, ON_A_CPU, advice_gain, images_per_s, machine_line, setting_line
 from tools.profiling.page import page
 from tools.profiling.record import Profile
-from tools.profiling.tables import CAPTION, Sheet, run_sheet, scaling_sheet, stage_sheet, totals
+from tools.profiling.tables import Sheet, run_sheet, scaling_sheet, stage_sheet, stage_words, totals
 from tools.verify_report import printed
 
 
@@ -42,12 +42,11 @@ def print_profile(profile: Profile, console: Console) -> None:
         console.print(Text(ON_A_CPU, style="yellow"))
     console.print()
     print_sheet(stage_sheet(profile), console)
-    notes = [printed(f"{stage.name}: {stage.note}") for stage in profile.stages if stage.note]
-    console.print(Text("\n".join([CAPTION, *notes]) + "\n", style="dim"))
+    console.print(Text("\n".join(map(printed, stage_words(profile))) + "\n", style="dim"))
     print_sheet(run_sheet(profile), console)
     print_sheet(scaling_sheet("decoding threads", profile.loader_scaling), console)
     if len(profile.scaling) > 1:
-        print_sheet(scaling_sheet("processes", profile.scaling), console)
+        print_sheet(scaling_sheet("processes", profile.scaling, ideal=profile.device == "cuda"), console)
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     for name, text in totals(profile):
         table.add_row(name, Text(text))
@@ -59,20 +58,22 @@ def print_profile(profile: Profile, console: Console) -> None:
 
 
 def print_sheet(sheet: Sheet, console: Console) -> None:
-    """Nothing where it has no rows."""
+    """In the width of the console: closer together, then without the columns that it can spare, then in more lines.
+    Nothing where it has no rows."""
     if not sheet.rows:
         return
-    table = _table(sheet, gap=1)
-    if console.measure(table).maximum > console.width:
-        table = _table(sheet, gap=0)
-    console.print(table)
+    fewer = [sheet.without(sheet.spare[:count]) for count in range(1, len(sheet.spare) + 1)]
+    tables = [_table(sheet, gap=1), *(_table(one, gap=0) for one in (sheet, *fewer))]
+    free = console.options.update_width(10 * console.width)  # in less a table measures as wide as it may be
+    fitting = (table for table in tables if console.measure(table, options=free).maximum <= console.width)
+    console.print(next(fitting, tables[-1]))
     console.print()
 
 
 def _table(sheet: Sheet, *, gap: int) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, gap, 0, 0))
     for number, column in enumerate(sheet.columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
     for row in sheet.rows:
         heading = len(row) == 1
         indent = " " * any(len(other) == 1 and not heading for other in sheet.rows)

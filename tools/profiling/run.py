@@ -1,17 +1,21 @@
 """`launch.py profile`: how fast a run is on this machine, what binds it, and what would change that."""
 
 import subprocess
+import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import monotonic
 
 from rich.console import Console
 
 from pipelines import check_data
+from ressl.batch import DataError
 from ressl.config import Config
-from ressl.runtime import preferred_device
+from ressl.config_file import ConfigError
+from ressl.runtime import launched, preferred_device
 from tools.bench import machine
+from tools.bench_loaders import make_out
 from tools.profiling.measure import measure
 from tools.profiling.ranks import ROOT, fewer_processes, measure_fewer, measure_ranks
 from tools.profiling.record import Measured, Point, Profile
@@ -19,7 +23,6 @@ from tools.profiling.verdict import judge
 
 TRACE = "trace.json"
 FEWER = 0.4  # share of the time for runs on fewer processes
-START_S = 10  # of processes that import and open everything
 
 
 def profile(
@@ -36,27 +39,38 @@ def profile(
 ) -> Profile:
     """Measures the run of `cfg` on `gpus` or `processes` ranks, or in this process where both are 0.
 
-    It takes about `seconds`, or as long as a few steps do. It writes nothing, but for a trace of some steps to
-    `out`/trace.json on request. Raises DataError and MachineError as `pretrain` does, and ProcessesFailed, after which
-    a rank has said why.
+    It takes about `seconds`, or as long as a few steps do. It makes the directory `out` and writes nothing to it, but
+    for a trace of some steps to trace.json on request. Raises ConfigError under a launcher, DataError where `out`
+    cannot be written to, DataError and MachineError as `pretrain` does, and ProcessesFailed, after which a rank has
+    said why.
     """
-    count = gpus or processes or 1
+    began, count = monotonic(), gpus or processes or 1
+    if launched():
+        raise ConfigError("profile starts its processes itself: without torchrun, with --gpus N or --processes N")
     check_data(cfg, preferred_device(cfg.run), count)
-    traced = None
-    if trace:
-        out.mkdir(parents=True, exist_ok=True)
-        traced = (out / TRACE).resolve()
+    _check_out(out)
+    traced = (out / TRACE).resolve() if trace else None
     others: tuple[Point, ...] = ()
     notes: tuple[str, ...] = ()
-    until = perf_counter() + seconds
     if count > 1:
-        measured = measure_ranks(cfg, count, seconds=(1 - FEWER) * seconds, trace=traced)
-        others, notes = _on_fewer(cfg, console, of=count, until=until)
+        share = (1 - FEWER) * seconds
+        measured = measure_ranks(cfg, count, seconds=share, until=began + share, trace=traced)
+        others, notes = _on_fewer(cfg, console, of=count, until=began + seconds)
     else:
-        measured = measure(cfg, console, seconds=seconds, trace=traced)
+        measured = measure(cfg, console, seconds=seconds, until=began + seconds, trace=traced)
     for note in (*measured.notes, *notes):
         console.print(f"note: {note}", soft_wrap=True)
     return _join(cfg, measured, others, title=title, command=command, notes=(*measured.notes, *notes))
+
+
+def _check_out(out: Path) -> None:
+    """Before anything long is begun. Raises DataError where no file can be made in `out`."""
+    make_out(out)
+    try:
+        with tempfile.TemporaryFile(dir=out):
+            return
+    except OSError as error:
+        raise DataError(f"--out {out}: cannot be written to: {error.strerror}; choose another") from None
 
 
 def _on_fewer(cfg: Config, console: Console, *, of: int, until: float) -> tuple[tuple[Point, ...], tuple[str, ...]]:
@@ -65,10 +79,10 @@ def _on_fewer(cfg: Config, console: Console, *, of: int, until: float) -> tuple[
     notes: list[str] = []
     counts = fewer_processes(of)
     for number, count in enumerate(counts):
-        left = max(0.0, until - perf_counter())
+        left = max(0.0, until - monotonic())
         console.print(f"the same on {count} of {of} processes, about {left:.0f} s left", soft_wrap=True)
         share = left / (len(counts) - number)
-        match measure_fewer(cfg, count, of=of, seconds=max(1.0, share - START_S)):
+        match measure_fewer(cfg, count, of=of, until=monotonic() + share):
             case Point() as point:
                 points.append(point)
             case str(reason):
@@ -86,7 +100,7 @@ def _join(
         command=command,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         commit=_commit(),
-        machine=machine(),
+        machine=machine() | {"threads": measured.threads},
         config=cfg.model_dump(mode="json"),
         device=measured.device,
         precision=cfg.run.precision,
@@ -104,6 +118,7 @@ def _join(
         predicted_hours=measured.total_steps * median(measured.runs.real) / 3600,
         verdict=judge(cfg, measured),
         notes=notes,
+        others=measured.others,
     )
 
 

@@ -19,6 +19,7 @@ from pipelines.images import BadImage, FolderIndex
 
 Files = FolderSource | FfcvSource | DaliSource
 Read = Callable[[np.ndarray], int]  # positions (B,) -> bytes read
+NOTHING = Path(os.devnull)
 
 
 def reads_files(source: Source) -> TypeGuard[Files]:
@@ -27,40 +28,39 @@ def reads_files(source: Source) -> TypeGuard[Files]:
 
 
 @contextmanager
-def stored_bytes(source: Files) -> Iterator[Read]:
-    """Reads the bytes of images, in as many threads as the source has; what cannot be read counts as nothing.
+def stored_bytes(source: Files) -> Iterator[tuple[Read, Read]]:
+    """Reads the bytes of images, in as many threads as the source has; what cannot be read counts as nothing. The
+    second reads nothing, by the same calls: what the first takes beyond it is the reading.
 
     Of .beton files these are the images' own bytes, also where the source maps the file or reads whole pages.
     """
-    match source:
-        case FolderSource(root=root, paths=paths):
-            with _in_threads(source.workers, lambda position: _file(root / paths[position])) as read:
-                yield read
-        case FfcvSource(beton=beton):
-            with (
-                open_again(beton) as file,
-                _in_threads(source.workers, partial(_in_beton, beton, file)) as read,
-            ):
-                yield read
-        case DaliSource(store=FolderIndex(root=root, paths=paths)):
-            with _in_threads(source.workers, lambda position: _file(Path(root) / paths[position])) as read:
-                yield read
-        case DaliSource():
-            with _in_threads(source.workers, partial(_in_shard, source)) as read:
-                yield read
+    with ThreadPoolExecutor(max(1, source.workers), thread_name_prefix="read") as pool, NOTHING.open("rb") as empty:
+        in_threads = partial(_in_threads, pool, max(1, source.workers))
+        open_nothing, read_nothing = in_threads(lambda _: _file(NOTHING)), in_threads(partial(_nothing, empty))
+        match source:
+            case FolderSource(root=root, paths=paths):
+                yield in_threads(lambda position: _file(root / paths[position])), open_nothing
+            case FfcvSource(beton=beton):
+                with open_again(beton) as file:
+                    yield in_threads(partial(_in_beton, beton, file)), read_nothing
+            case DaliSource(store=FolderIndex(root=root, paths=paths)):
+                yield in_threads(lambda position: _file(Path(root) / paths[position])), open_nothing
+            case DaliSource():
+                yield in_threads(partial(_in_shard, source)), read_nothing
 
 
-@contextmanager
-def _in_threads(workers: int, length: Callable[[int], int]) -> Iterator[Read]:
-    with ThreadPoolExecutor(max(1, workers), thread_name_prefix="read") as pool:
+def _in_threads(pool: ThreadPoolExecutor, workers: int, length: Callable[[int], int]) -> Read:
+    def part(positions: list[int]) -> int:
+        return sum(map(length, positions))
 
-        def part(positions: list[int]) -> int:
-            return sum(map(length, positions))
+    def read(positions: np.ndarray) -> int:
+        return sum(pool.map(part, [share.tolist() for share in np.array_split(positions, 4 * workers)]))
 
-        def read(positions: np.ndarray) -> int:
-            return sum(pool.map(part, [share.tolist() for share in np.array_split(positions, 4 * max(1, workers))]))
+    return read
 
-        yield read
+
+def _nothing(file: BinaryIO, position: int) -> int:
+    return len(os.pread(file.fileno(), 1, position))
 
 
 def _file(path: Path) -> int:

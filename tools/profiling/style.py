@@ -69,7 +69,8 @@ svg .inverse { fill: var(--card); }
 svg .roof { stroke: var(--ink); stroke-width: 1.5; fill: none; }
 svg .halo { paint-order: stroke; stroke: var(--card); stroke-width: 3px; stroke-linejoin: round; }
 svg .grid { stroke: var(--line); stroke-width: 1; }
-svg .axis { stroke: var(--soft); stroke-width: 1; }
+svg .leader { stroke: var(--soft); stroke-width: 1; }
+svg .spot { stroke: var(--card); stroke-width: 1; }
 svg .mark { stroke: var(--ink); stroke-width: 1.25; }
 svg .need { stroke: var(--warn); stroke-width: 1.5; stroke-dasharray: 6 4; }
 svg .warm { fill: var(--warn); }

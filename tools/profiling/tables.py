@@ -1,10 +1,12 @@
 """The tables of a profile, as text: its report prints them, its page sets them."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from tools.estimate import size_text
 from tools.profiling.figures import (
     Spread,
+    above_words,
     achieved,
     digits,
     flops_scale,
@@ -12,6 +14,7 @@ from tools.profiling.figures import (
     images_per_s,
     memory_ceiling,
     percent,
+    percent_of,
     rate_text,
     real_over_synthetic,
     scale_of,
@@ -23,7 +26,8 @@ from tools.profiling.figures import (
 )
 from tools.profiling.record import Point, Profile, Stage
 
-CAPTION = "Share: of a whole step. In brackets: of this machine's matmul and copy rates."
+CAPTION = "Share: of a whole step. In brackets: of this machine's compute and copy rates, from 1 % on."
+COMPUTE = "the best of matrix products and 3x3 convolutions"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,15 @@ class Sheet:
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    spare: tuple[int, ...] = ()  # columns that may be left out where there is no room, the first of them first
+
+    def without(self, left_out: Collection[int]) -> "Sheet":
+        """The columns of these numbers left out."""
+
+        def kept(cells: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(cell for number, cell in enumerate(cells) if number not in left_out)
+
+        return Sheet(kept(self.columns), tuple(map(kept, self.rows)))
 
 
 def stage_sheet(profile: Profile) -> Sheet:
@@ -53,7 +66,13 @@ def stage_sheet(profile: Profile) -> Sheet:
         if moved:
             row += (_of(achieved(stage.bytes, stage.seconds), 1e-9, memory_ceiling(stage, profile.ceilings)),)
         rows.append(row)
-    return Sheet(tuple(columns), tuple(rows))
+    return Sheet(tuple(columns), tuple(rows), spare=(4, 2))
+
+
+def stage_words(profile: Profile) -> list[str]:
+    """What stands below the stages: how to read them, what exceeds a measured rate, and the notes."""
+    notes = [f"{stage.name}: {stage.note}" for stage in profile.stages if stage.note]
+    return [CAPTION, *filter(None, [above_words(profile)]), *notes]
 
 
 def _time_cells(profile: Profile, stage: Stage, scale: float) -> tuple[str, ...]:
@@ -65,9 +84,8 @@ def _time_cells(profile: Profile, stage: Stage, scale: float) -> tuple[str, ...]
 
 
 def _of(rate: float | None, scale: float, ceiling: float | None) -> str:
-    if rate is None:
-        return ""
-    return digits(scale * rate) + (f" ({100 * rate / ceiling:.0f} %)" if ceiling else "")
+    share = percent_of(rate, ceiling)
+    return (digits(scale * rate) if rate else "") + (f" ({share} %)" if share else "")
 
 
 def run_sheet(profile: Profile) -> Sheet:
@@ -89,11 +107,12 @@ def run_sheet(profile: Profile) -> Sheet:
             rows.append((name, digits(scale * time.median), span(time, scale), rate_text(rate.median), span(rate)))
         else:
             rows.append((name, "-", "", "-", ""))
-    return Sheet(("whole step", unit, "range", "images/s", "range"), tuple(rows))
+    return Sheet(("whole step", unit, "range", "images/s", "range"), tuple(rows), spare=(4, 2))
 
 
-def scaling_sheet(what: str, points: tuple[Point, ...]) -> Sheet:
-    """A curve by `what`, compared with its first point."""
+def scaling_sheet(what: str, points: tuple[Point, ...], *, ideal: bool = True) -> Sheet:
+    """A curve by `what`, compared with its first point. `ideal`: whether all of them could be that much faster;
+    processes on a CPU cannot, as they share its cores."""
     found = [(point.count, rate) for point in points if (rate := spread(point.images_per_s)) and rate.median > 0]
     rows = [
         (
@@ -105,7 +124,8 @@ def scaling_sheet(what: str, points: tuple[Point, ...]) -> Sheet:
         )
         for count, rate in found
     ]
-    return Sheet((what, "images/s", "range", "over the first", "of ideal"), tuple(rows))
+    sheet = Sheet((what, "images/s", "range", "over the first", "of ideal"), tuple(rows), spare=(2,))
+    return sheet if ideal else sheet.without([4])
 
 
 def totals(profile: Profile) -> list[tuple[str, str]]:
@@ -118,19 +138,18 @@ def totals(profile: Profile) -> list[tuple[str, str]]:
         return middle if low == high else f"{middle} ({low} to {high})"
 
     used, where = utilisation(profile), "the GPU's allocator" if profile.device == "cuda" else "the process"
+    scale, unit = flops_scale(profile)
+    others = [] if profile.others is None else [("used by others", f"{percent(profile.others)} of the machine's cores")]
     return [
         ("real / synthetic", shown(real_over_synthetic(profile))),
         ("waiting for data", shown(wait_share(profile))),
-        ("MFU", f"{percent(used)} of the matmul rate" if used else "not measured"),
-        ("matmul rate", "{} {}".format(*_scaled(profile.ceilings.matmul_flops, *flops_scale(profile)))),
+        ("MFU", f"{percent(used)} of the compute rate" if used else "not measured"),
+        ("compute rate", f"{digits(scale * profile.ceilings.matmul_flops)} {unit}, {COMPUTE}"),
         ("copy rate", f"{digits(profile.ceilings.copy_bytes / 1e9)} GB/s, {_host_copy(profile)}"),
         ("memory peak", f"{size_text(profile.memory_peak)} of {where}"),
         ("whole training", f"{hours_text(profile.predicted_hours)}: {profile.total_steps:,} steps, no evaluations"),
+        *others,
     ]
-
-
-def _scaled(rate: float, scale: float, unit: str) -> tuple[str, str]:
-    return digits(scale * rate), unit
 
 
 def _host_copy(profile: Profile) -> str:

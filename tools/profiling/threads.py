@@ -19,7 +19,8 @@ ROUNDS = 3
 
 
 def measure_threads(run: OpenRun, decode_s: float, *, seconds: float) -> tuple[Point, ...]:
-    """Images/s of this rank with 1, 2, 4, ... threads, up to its cores; nothing for a source without threads.
+    """Images/s of this rank with 1, 2, 4, ... threads, up to its cores, and with as many as it has; nothing for a
+    source without threads.
 
     `decode_s` is what a step's images take with the config's own. Where `seconds` do not allow it, with fewer counts.
     """
@@ -29,7 +30,7 @@ def measure_threads(run: OpenRun, decode_s: float, *, seconds: float) -> tuple[P
     alone = decode_s / run.images * max(1, source.workers)  # of an image, on one thread
     opened: dict[int, Source] = {}
     until, began = perf_counter() + seconds / 2, perf_counter()
-    for count in _counts(run.cores):
+    for count in counts(run.cores, source.workers):
         if opened and perf_counter() + (perf_counter() - began) / len(opened) > until:
             break
         chosen = cfg.source.model_copy(update={"workers": count})
@@ -45,10 +46,10 @@ def measure_threads(run: OpenRun, decode_s: float, *, seconds: float) -> tuple[P
     return tuple(Point(count=count, images_per_s=tuple(rounds[count])) for count in sorted(rounds))
 
 
-def _counts(cores: int) -> list[int]:
-    """All cores first, then one thread: between these the others matter less."""
+def counts(cores: int, present: int) -> list[int]:
+    """In the order of what they tell: all cores, the run's own number, one thread, then those between."""
     between = [1 << power for power in range(cores.bit_length()) if 1 << power < cores]
-    return [cores, *between]
+    return list(dict.fromkeys([cores, max(1, present), *between]))
 
 
 def _rate(run: OpenRun, source: Source, image_s: float) -> float:

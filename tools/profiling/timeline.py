@@ -4,17 +4,19 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
 import numpy as np
+import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from pipelines.frames import Frames, Source
 from tools.profiling.arms import AHEAD, real_steps, synthetic_steps
-from tools.profiling.clock import Mark, between, mark, wait
-from tools.profiling.opened import OpenRun, feed, step_in_pieces
+from tools.profiling.clock import Mark, between, covered, mark, wait
+from tools.profiling.opened import OpenRun, feed, gradient_buffer, step_in_pieces
 from tools.profiling.record import Span
 
 TRACED = 3  # steps
@@ -37,8 +39,9 @@ class Watched:
 
 
 def typical_step(run: OpenRun, *, steps: int, fill: int) -> tuple[Span, ...]:
-    """The one of `steps` real steps whose length is the median, in pieces, and what its loader did meanwhile."""
-    device, watched = run.device, Watched(run.stream.source)
+    """The one of `steps` real steps whose length is the median, in pieces, and what its loader did meanwhile. Gradients
+    travel after the backward pass here, where the run sends them beside it."""
+    device, watched, gradients = run.device, Watched(run.stream.source), gradient_buffer(run)
     run = replace(run, stream=replace(run.stream, source=watched))
     taken: list[list[tuple[str, Mark]]] = []
     with closing(feed(run, fill + steps + AHEAD + run.cfg.data.prefetch)) as frames:
@@ -46,13 +49,18 @@ def typical_step(run: OpenRun, *, steps: int, fill: int) -> tuple[Span, ...]:
         zero, clock = mark(device), perf_counter()
         for _ in range(fill + steps):
             marks = [("", mark(device))]
-            step_in_pieces(run, frames, lambda name, marks=marks: marks.append((name, mark(device))))  # type: ignore[misc]
+            end_of = partial(_mark, marks, device)
+            step_in_pieces(run, frames, end_of, gradients=gradients)
             taken.append(marks)
         wait(device)
         prepared = [(start - clock, end - clock) for start, end in watched.prepared]
     times = [[(name, between(zero, at)) for name, at in marks] for marks in taken[fill:]]
     chosen = sorted(times, key=lambda marks: marks[-1][1] - marks[0][1])[len(times) // 2]
     return _spans(chosen, prepared)
+
+
+def _mark(marks: list[tuple[str, Mark]], device: torch.device, name: str) -> None:
+    marks.append((name, mark(device)))
 
 
 def _spans(marks: list[tuple[str, float]], prepared: list[tuple[float, float]]) -> tuple[Span, ...]:
@@ -78,11 +86,13 @@ def _quietly(activities: list[ProfilerActivity]) -> profile:
 
 
 def busy_seconds(run: OpenRun, *, steps: int = 2) -> float:
-    """Of a synthetic step on a GPU, the time in which its kernels ran, as torch's profiler counts it."""
+    """Of a synthetic step on a GPU, the time in which any of its kernels and copies ran, as torch's profiler saw it:
+    what several streams do at once is counted once."""
     with _quietly([ProfilerActivity.CUDA]) as profiler:
         synthetic_steps(run, steps)
-    kernels = [event for event in profiler.key_averages() if event.device_type == DeviceType.CUDA]
-    return sum(event.self_device_time_total for event in kernels) / 1e6 / steps
+    found = [event for event in profiler.events() or () if event.device_type == DeviceType.CUDA]
+    work = [event.time_range for event in found if not event.is_user_annotation]
+    return covered((one.start, one.end) for one in work) / 1e6 / steps
 
 
 def write_trace(run: OpenRun, path: Path) -> None:

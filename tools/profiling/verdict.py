@@ -1,19 +1,16 @@
 """What binds a run, and which lines of its config would change that: drawn from what was measured, and from no clock.
 
 A step and its loader pass beside each other, so the slower of the two sets the pace. What binds is looked for in this
-order: the loader, if the step waits for it; the views; gradients on their way; launching; else it is the step itself.
+order: the loader, if the step waits for it, or is slower with it than without; then the largest of the views, of
+gradients that travel with nothing beside them, and of the parts of the step itself, if it is not the launching of them.
 """
 
-from statistics import median
-
-from ressl.config import Config
-from tools.profiling.advice import WAITING, Facts, advise, percent
+from ressl.config import Config, ResidentSource, SyntheticSource
+from tools.profiling.advice import EXPOSED, Facts, advise, collect, percent
 from tools.profiling.record import Binding, Measured, StageName, Verdict
 
-EXPOSED = 0.15  # share of a step that gradients may be on their way with nothing beside it
 IDLE = 0.3  # share of a step that a GPU may have nothing to do before launching is to blame
 READING = 0.5  # share of decoding from which it is the reading
-CALL_S = 1e-5  # of Python, for each image that is read alone: the sources' own readers do without
 STEP_STAGES: tuple[StageName, ...] = ("teacher", "student", "loss", "backward", "optimizer", "ema", "queue")
 WORDS: dict[Binding, str] = {
     "read": "Reading the stored images binds",
@@ -40,65 +37,58 @@ PARTS: dict[StageName, str] = {
 def judge(cfg: Config, measured: Measured) -> Verdict:
     facts = collect(measured)
     binding = find_binding(facts)
-    return Verdict(binding=binding, sentence=_sentence(facts, binding), advice=advise(cfg, facts, binding))
-
-
-def collect(measured: Measured) -> Facts:
-    """The medians of what was measured."""
-    runs = measured.runs
-    return Facts(
-        measured=measured,
-        real=median(runs.real),
-        synthetic=median(runs.synthetic),
-        loader=median(runs.loader),
-        wait=median(runs.wait),
-        stages={stage.name: median(stage.seconds) for stage in measured.stages},
-    )
+    return Verdict(binding=binding, sentence=_sentence(cfg, facts, binding), advice=advise(cfg, facts, binding))
 
 
 def find_binding(facts: Facts) -> Binding:
-    stages, step = facts.stages, facts.synthetic
-    if facts.wait > WAITING * facts.real and facts.loader > step:
+    stages, step, busy = facts.stages, facts.synthetic, facts.measured.runs.busy
+    if facts.behind or facts.slowed:
         decode = stages.get("decode", 0.0)
         if stages.get("copy", 0.0) > decode:
             return "copy"
-        read = stages.get("read", 0.0) - CALL_S * facts.measured.images
-        return "read" if read > READING * decode else "decode"
-    if stages["views"] > max(stages[name] for name in STEP_STAGES if name in stages):
-        return "views"
-    if exposed(facts) > EXPOSED * step:
-        return "all-reduce"
-    busy = facts.measured.runs.busy
-    if busy is not None and busy < (1 - IDLE) * step:
-        return "host"
-    return "step"
+        return "read" if stages.get("read", 0.0) > READING * decode else "decode"
+    own = max(stages[name] for name in STEP_STAGES if name in stages)
+    parts: dict[Binding, float] = {"step": own, "views": stages["views"]}
+    if facts.exposed > EXPOSED * step:
+        parts["all-reduce"] = facts.exposed
+    largest = max(parts, key=lambda name: parts[name])
+    return "host" if largest == "step" and busy is not None and busy < (1 - IDLE) * step else largest
 
 
-def exposed(facts: Facts) -> float:
-    """Seconds of a step in which gradients travel and nothing else is done: what it takes beyond its other parts, at
-    most all of the sending."""
-    others = sum(facts.stages.get(name, 0.0) for name in ("views", *STEP_STAGES))
-    return min(facts.stages.get("all-reduce", 0.0), max(0.0, facts.synthetic - others))
-
-
-def _sentence(facts: Facts, binding: Binding) -> str:
+def _sentence(cfg: Config, facts: Facts, binding: Binding) -> str:
     pace, alone = f"the run makes {_rate(facts, facts.real)}", f"the step alone {_rate(facts, facts.synthetic)}"
     waiting = f"it waits for images {percent(facts.wait / facts.real)} of the time"
     largest = max((name for name in STEP_STAGES if name in facts.stages), key=lambda name: facts.stages[name])
     part = f"{PARTS[largest]} ({percent(facts.share(largest))})"
+    words = WORDS[binding]
     match binding:
         case "read" | "decode" | "copy":
-            why = f"{pace}, the loader alone {_rate(facts, facts.loader)}, {alone}; {waiting}"
+            if binding == "decode" and isinstance(cfg.data.source, ResidentSource | SyntheticSource):
+                words = "Gathering images from memory binds"
+            why = f"{pace}, the loader alone {_rate(facts, facts.loader)}, {alone}; {waiting}{_beside(facts)}"
         case "views":
             why = f"{pace}, and {percent(facts.share('views'))} of the step goes into its views; next is {part}"
         case "all-reduce":
-            why = f"{pace}, and for {percent(exposed(facts) / facts.synthetic)} of the step nothing is done beside it"
+            why = f"{pace}, and for {percent(facts.exposed / facts.synthetic)} of the step nothing is done beside it"
         case "host":
             idle = 1 - (facts.measured.runs.busy or 0.0) / facts.synthetic
             why = f"{pace}, and the GPU has nothing to do {percent(idle)} of the time"
         case "step":
             why = f"{pace}, {alone}; its largest part is {part}, and {waiting}"
-    return f"{WORDS[binding]}: {why}."
+    if facts.disturbed:
+        why += "; the step was slower in the run than alone, though loading takes next to nothing: measure once more"
+    return f"{words}: {why}."
+
+
+def _beside(facts: Facts) -> str:
+    """How a loader that is fast enough by itself slows the step."""
+    if facts.behind:
+        return ""
+    if facts.irregular:
+        return ": the loader is fast enough on average, but not at every step"
+    if facts.measured.device == "cpu":
+        return ": the loader is fast enough, but takes the step's cores from it"
+    return ": the loader is fast enough, but slows the step beside it"
 
 
 def _rate(facts: Facts, seconds: float) -> str:

@@ -1,10 +1,11 @@
 import os
+from pathlib import Path
 from time import sleep
 
 import pytest
 import torch
 
-from tools.profiling.clock import between, forget_peak, mark, peak_memory, wait
+from tools.profiling.clock import between, covered, forget_peak, mark, peak_memory, stored_reads, wait
 
 CPU = torch.device("cpu")
 
@@ -25,6 +26,18 @@ def test_a_peak_is_that_of_the_time_since_it_was_forgotten() -> None:
     del large
     forget_peak(CPU)
     assert peak_memory(CPU) < before + 100e6
+
+
+def test_what_passes_at_once_is_covered_once() -> None:
+    assert covered([]) == 0
+    assert covered([(5, 6), (0, 2), (1, 3), (1.5, 1.7)]) == pytest.approx(4)
+
+
+def test_only_what_storage_gives_counts_as_read_from_there(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(1 << 20))  # which the system keeps in memory
+    before = stored_reads()
+    assert len((tmp_path / "file").read_bytes()) == 1 << 20
+    assert 0 <= stored_reads() - before < 1 << 19
 
 
 @pytest.mark.gpu

@@ -126,9 +126,55 @@ def test_steps_of_different_sizes_are_compared_by_the_image(compared, made_profi
     assert not compared(times(double, 1.3, "real"))[0]
 
 
-def test_few_rounds_are_a_warning(compared, made_profile):
-    once = with_real(made_profile(), 0.125)
-    assert "1 round" in compared(once, once)[1]
+@pytest.mark.parametrize(("rounds", "words"), [(1, "one round"), (2, "2 rounds")])
+def test_few_rounds_decide_nothing(compared, made_profile, rounds: int, words: str):
+    few = with_real(made_profile(memory_peak=2 * 10**9), *(0.25,) * rounds)
+    good, text = compared(few)
+    assert good
+    assert f"Not decided: real step, synthetic step, memory peak, as one of them has {words}" in text
+    assert "--seconds" in text and "step back" not in text and "!" not in text
+    assert "Slower, but not deciding: real step, memory peak." in text
+
+
+def with_rates(profile: Profile, **rates: float) -> Profile:
+    return profile.model_copy(update={"ceilings": profile.ceilings.model_copy(update=rates)})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda profile: with_rates(profile, matmul_flops=0.8e11), "its compute rate was 0.8 times that of A"),
+        (lambda profile: with_rates(profile, copy_bytes=1.5e10), "its copy rate was 1.50 times that of A"),
+        (lambda profile: profile.model_copy(update={"others": 0.4}), "others used 5.0 % of it in A, 40 % in B"),
+    ],
+)
+def test_steps_of_an_unlike_machine_decide_nothing(compared, made_profile, change, words: str):
+    before = made_profile(others=0.05)
+    slower = change(times(before, 1.3, "real"))
+    good, text = compared(slower, before)
+    assert good
+    why = f"the machine was not the same: {words}; profile both again"
+    assert f"Not decided: real step, synthetic step, as {why}" in text.replace("\n", " ")
+    assert "slower" in line_of(text, "real step") and "slower!" not in text
+    good, text = compared(slower.model_copy(update={"memory_peak": 2 * 10**9}), before)
+    assert not good  # neither speed nor load of the machine changes what a step keeps
+    assert "A step back: memory peak" in text
+
+
+def test_a_machine_that_differs_within_the_tolerance_is_the_same(compared, made_profile):
+    before = made_profile(others=0.05)
+    after = with_rates(times(before, 1.3, "real"), copy_bytes=1.08e10).model_copy(update={"others": 0.12})
+    assert not compared(after, before)[0]
+    assert "Not decided" in compared(after, before, tolerance=0.05)[1]
+
+
+def test_rates_of_another_precision_say_nothing_of_the_machine(compared, made_profile):
+    bf16 = with_rates(made_profile(precision="bf16"), matmul_flops=4e11)
+    assert not compared(times(bf16, 1.3, "real"))[0]
+
+
+def test_loads_that_one_of_them_did_not_count_are_not_compared(compared, made_profile):
+    assert not compared(times(made_profile(others=0.9), 1.3, "real"))[0]
 
 
 def test_a_cpu_is_not_compared_with_a_gpu(compared, made_profile):
@@ -151,6 +197,7 @@ def test_a_tolerance_is_a_share(compared, made_profile, tolerance: float):
 def test_other_files_are_named(made_profile, tmp_path: Path):
     (tmp_path / "good.json").write_text(made_profile().model_dump_json())
     (tmp_path / "bad.json").write_text('{"format": 1}')
-    for bad in ("bad.json", "missing.json"):
+    (tmp_path / "empty.json").write_text(made_profile().model_dump_json().replace('"images":100', '"images":0'))
+    for bad in ("bad.json", "empty.json", "missing.json"):
         with pytest.raises(DataError, match=bad):
             compare(tmp_path / "good.json", tmp_path / bad, tolerance=0.1, console=Console(quiet=True))

@@ -2,6 +2,8 @@ import pytest
 
 from tools.profiling.figures import (
     Spread,
+    above,
+    above_words,
     achieved,
     advice_gain,
     hours_text,
@@ -9,6 +11,7 @@ from tools.profiling.figures import (
     machine_line,
     memory_ceiling,
     percent,
+    percent_of,
     rate_text,
     rates,
     real_over_synthetic,
@@ -55,6 +58,18 @@ def test_a_copy_is_held_against_the_link_and_a_read_against_nothing():
     assert [memory_ceiling(stage, ceilings) for stage in stages] == [3.0, None, None, 2.0]
 
 
+def test_what_is_faster_than_the_measured_rates_is_named(made_profile):
+    assert above(made_profile()) == [] and above_words(made_profile()) is None
+    slow = made_profile(ceilings=Ceilings(matmul_flops=4.1e10, copy_bytes=5.5e9))
+    assert above(slow) == ["views", "teacher", "backward", "optimizer", "ema"]
+    found = above_words(made_profile(ceilings=Ceilings(matmul_flops=3e10, copy_bytes=1e12)))
+    assert found.startswith("Above 100 %, so above the measured rate: teacher, student, backward, MFU;")
+
+
+def test_a_share_of_a_rate_is_known_where_both_are():
+    assert [percent_of(*pair) for pair in ((1.5, 1.0), (1.0, None), (None, 1.0), (0.0, 1.0))] == [150, None, None, None]
+
+
 @pytest.mark.parametrize(
     ("value", "text"), [(0, "0 %"), (0.0004, "<0.1 %"), (0.0123, "1.2 %"), (0.0996, "10 %"), (1.5, "150 %")]
 )
@@ -76,7 +91,8 @@ def test_rates_stay_short():
 def test_a_gain_says_from_where_to_where_and_how_it_is_known():
     now = Spread(800.0, 780.0, 820.0)
     assert advice_gain(1000.0, True, now) == "1,000 images/s instead of 800 (1.25x), measured"
-    assert "expected" in advice_gain(1000.0, False, now)
+    bound = "at most 1,000 images/s instead of 800 (1.25x): a bound, not measured"
+    assert advice_gain(1000.0, False, now) == bound
     assert advice_gain(1000.0, True, None) == "1,000 images/s, measured"
     assert "images/s" not in advice_gain(None, False, now)
 
@@ -85,3 +101,4 @@ def test_the_machine_is_one_line_that_says_nothing_twice(made_profile):
     assert machine_line(made_profile()) == "cpu, Some CPU, 2 cores, 8 GB, torch 2.15.0"
     assert machine_line(made_profile(machine={"device": "X", "cpu": "X"})) == "X"
     assert machine_line(made_profile(machine={})) == ""
+    assert machine_line(made_profile(machine={"cores": 8, "threads": 2})) == "8 cores, torch threads: 2"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tools.profiling.page import page
-from tools.profiling.record import Point, Runs, Verdict
+from tools.profiling.record import Ceilings, Point, Runs, Span, Verdict
 from tools.profiling.style import COLOURS, STYLE
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -106,6 +106,29 @@ def test_what_cannot_be_drawn_is_said(made_profile):
 
 def test_one_process_has_no_curve_but_a_figure(made_profile):
     assert "Training by processes: measured with 1 alone, 800 images/s" in parsed(page(made_profile())).text
+
+
+def test_the_step_in_pieces_says_what_of_the_run_it_lacks(made_profile):
+    assert "Taken without" not in page(made_profile())
+    many = page(made_profile(world_size=2))
+    assert "Taken without the exchange of gradients." in many and "of the real run" not in many
+    spans = [Span(lane="device", name=name, start=0.1, end=0.2) for name in ("ranks", "all-reduce")]
+    whole = page(made_profile(world_size=2, timeline=(*made_profile().timeline, *spans)))
+    assert "Taken without" not in whole and "Ranks: waiting until all of them are there." in whole
+    graph = made_profile(world_size=2, device="cuda", config={"run": {"cuda_graphs": True}})
+    assert "Taken without the exchange of gradients and the graph that the run replays." in page(graph)
+
+
+def test_rates_above_the_measured_ones_are_shown_and_explained(made_profile):
+    text = parsed(page(made_profile(ceilings=Ceilings(matmul_flops=3e10, copy_bytes=1e10)))).text
+    assert "50.0 (167 %)" in text and "107 %" in text
+    assert text.count("Above 100 %, so above the measured rate: teacher, student, backward, MFU;") == 2
+
+
+def test_advice_that_was_not_tried_is_a_bound(made_profile):
+    advice = made_profile().verdict.advice[0].model_copy(update={"measured": False})
+    verdict = made_profile().verdict.model_copy(update={"advice": (advice,)})
+    assert "at most 1,000 images/s instead of 800" in parsed(page(made_profile(verdict=verdict))).text
 
 
 def test_the_config_is_there_to_be_unfolded(made_profile):

@@ -105,9 +105,46 @@ def test_a_stage_at_the_machines_limit_lies_on_the_roof(made_profile):
     assert dots["student"] > dots["teacher"]  # further down
 
 
+def covered(root: ET.Element) -> list[tuple[str, tuple[float, float, float, float]]]:
+    """Words of a plot that are not turned, with what they cover at most: left, top, right, bottom."""
+    found = []
+    for text in root.findall(f"{SVG}text"):
+        x, y, length = float(text.get("x")), float(text.get("y")), 7.0 * len(text.text)
+        left = x - {"start": 0, "middle": length / 2, "end": length}[text.get("text-anchor")]
+        found.append((text.text, (left, y - 10, left + length, y + 3)))
+    return found
+
+
+@pytest.mark.parametrize("width", [306, 506])
+@pytest.mark.parametrize("flops", [3e10, 1e11, 1e12])
+@pytest.mark.parametrize("ratio", [1.0, 1.05, 3.0])
+def test_names_on_the_roofline_cover_neither_each_other_nor_a_dot(made_profile, width: int, flops: float, ratio: float):
+    """Also where the stages are as fast as the machine, or nearly alike."""
+    names = ("teacher", "student", "loss", "backward")
+    stages = tuple(
+        Stage(name=name, lane="device", seconds=(1e9 / 3e10 * ratio**number,), flops=1e9, bytes=1e8 / ratio**number)
+        for number, name in enumerate(names)
+    )
+    ceilings = Ceilings(matmul_flops=flops, copy_bytes=5e10)
+    root = ET.fromstring(roofline(made_profile(stages=stages, ceilings=ceilings), width))
+    words = [area for text, area in covered(root) if text in names or text.startswith("compute")]
+    dots = [tuple(float(dot.get(key)) for key in ("cx", "cy", "r")) for dot in root.iter(f"{SVG}circle")]
+    assert len(words) == 5 and len(dots) == 4
+    full = words + [(x - r, y - r, x + r, y + r) for x, y, r in dots]
+    for number, (left, top, right, bottom) in enumerate(words):
+        for one in full[number + 1 :]:
+            assert left >= one[2] or one[0] >= right or top >= one[3] or one[1] >= bottom
+
+
+def test_processes_on_a_cpu_have_no_ideal(made_profile):
+    many = tuple(Point(count=n, images_per_s=(800.0 * n,)) for n in (1, 2))
+    assert 'class="ideal"' not in process_curve(made_profile(scaling=many), 500)
+    assert 'class="ideal"' in process_curve(made_profile(scaling=many, device="cuda"), 500)
+
+
 def test_the_loaders_curve_shows_what_one_ranks_step_takes(made_profile):
-    assert "the step takes 1,000" in loader_curve(made_profile(), 500)
-    assert "the step takes 1,000" in loader_curve(made_profile(world_size=8), 500)
+    assert "the step takes 1,000 images/s" in loader_curve(made_profile(), 500)
+    assert "the step takes 1,000 images/s" in loader_curve(made_profile(world_size=8), 500)
     alone = Runs(real=(), synthetic=(), loader=(), wait=())
     assert "the step takes" not in loader_curve(made_profile(runs=alone), 500)
 

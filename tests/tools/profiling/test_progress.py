@@ -11,7 +11,9 @@ def test_where_there_is_no_terminal_each_phase_is_one_line() -> None:
         for left in (9.4, 8.0, 5.0):
             phases.tell("measuring", left)
         phases.tell("ending", 1.0)
-    assert file.getvalue().split("\n") == ["measuring, about 9 s left", "ending, about 1 s left", ""]
+        phases.tell("late", -2.0)
+    lines = file.getvalue().splitlines()
+    assert lines == ["measuring, about 9 s left", "ending, about 1 s left", "late, about 0 s left"]
 
 
 def test_on_a_terminal_a_bar_shows_the_phase_and_the_time_left() -> None:

@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from ressl.batch import DataError
-from tools.profiling.record import Runs, Verdict, read_profile
+from tools.profiling.record import Point, Runs, Verdict, read_profile
 from tools.profiling.report import print_profile, write_profile
 
 
@@ -22,8 +22,20 @@ def slow(profile):
     return profile.model_copy(update={"stages": tuple(stages), "runs": runs, "device": "cuda", "world_size": 8})
 
 
+def wide(profile):
+    """Whose figures take as many digits as any do."""
+    stages = [
+        stage.model_copy(update={"seconds": (0.00123, 9.87654), "flops": 1e11, "bytes": 1e11, "note": "a note"})
+        for stage in profile.stages
+    ]
+    runs = Runs(real=(4567.8, 9123.4), synthetic=(1e-4, 2.34e-4), loader=(1e-5, 2e-3), wait=(1.0, 2.0))
+    points = tuple(Point(count=count, images_per_s=(123456.7, 987654.3)) for count in (1, 64))
+    update = {"stages": tuple(stages), "runs": runs, "loader_scaling": points, "scaling": points, "images": 8192}
+    return profile.model_copy(update=update)
+
+
 @pytest.mark.parametrize("width", [80, 120])
-@pytest.mark.parametrize("change", [lambda profile: profile, slow])
+@pytest.mark.parametrize("change", [lambda profile: profile, slow, wide])
 def test_nothing_is_cut_off_in_a_terminal_of_80_columns(made_profile, width: int, change):
     profile = change(made_profile())
     text = shown(profile, width)
@@ -31,6 +43,19 @@ def test_nothing_is_cut_off_in_a_terminal_of_80_columns(made_profile, width: int
     assert max(len(line.rstrip()) for line in text.splitlines()) <= width
     for words in (*(stage.name for stage in profile.stages), "real / synthetic", "memory peak", "decoding threads"):
         assert words in text
+
+
+@pytest.mark.parametrize(("table", "column", "width"), [("stage", "images/s", 72), ("whole step", "range", 80)])
+def test_columns_are_left_out_before_a_cell_is_cut_or_broken(made_profile, table: str, column: str, width: int):
+    def lines(width: int) -> list[str]:
+        found = shown(wide(made_profile()), width).splitlines()
+        start = next(number for number, line in enumerate(found) if line.startswith(f"{table} "))
+        return found[start : found.index("", start)]
+
+    narrow, roomy = lines(width), lines(200)
+    assert narrow[0].count(column) == roomy[0].count(column) - 1
+    names = [line.strip().split("  ")[0] for line in roomy[2:] if line.strip() and "Share" not in line]
+    assert all(any(line.strip().startswith(name) for line in narrow) for name in names)
 
 
 def test_the_stages_of_a_step_are_told_with_share_and_rate(made_profile):

@@ -27,7 +27,7 @@ def formats(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def count(source: Source, positions: np.ndarray) -> int:
     built = build_source(DataConfig(source=source), "train", CPU)
     assert built is not None and reads_files(built)
-    with stored_bytes(built) as read:
+    with stored_bytes(built) as (read, _):
         return read(positions)
 
 
@@ -55,6 +55,14 @@ def test_for_dali_it_reads_files_or_parts_of_shards(place: str, tiny_data: Path,
     assert count(DaliSource(name="dali", train=train, workers=1), np.arange(72)) == sum(sizes)
 
 
+def test_calls_that_read_nothing_are_as_many(tiny_data: Path) -> None:
+    source = FolderSource(name="folder", train=tiny_data / "folder" / "train", workers=2)
+    built = build_source(DataConfig(source=source), "train", CPU)
+    assert built is not None and reads_files(built)
+    with stored_bytes(built) as (_, call):
+        assert call(np.arange(72)) == 0
+
+
 def test_what_is_in_memory_is_not_read(tiny_data: Path) -> None:
     source = ResidentSource(name="resident", train=tiny_data / "train.safetensors")
     assert not reads_files(build_source(DataConfig(source=source), "train", CPU))
@@ -65,5 +73,5 @@ def test_a_file_that_is_gone_counts_as_nothing(tiny_data: Path, tmp_path: Path) 
     built = build_source(DataConfig(source=FolderSource(name="folder", train=folder, workers=1)), "train", CPU)
     next(folder.rglob("*.png")).unlink()
     assert built is not None and reads_files(built)
-    with stored_bytes(built) as read:
+    with stored_bytes(built) as (read, _):
         assert read(np.arange(72)) == sum(path.stat().st_size for path in folder.rglob("*.png"))
