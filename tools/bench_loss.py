@@ -144,7 +144,7 @@ def sheet(record: dict[str, Any]) -> Sheet:
                 )
             )
     title = f"The relational loss, forward and backward, {record['options']['queue']} queue"
-    columns = ("B x V, K, D", "way", "ms", "time over the definition's", "peak MiB", "over the definition's")
+    columns = ("B x V, K, D", "way", "ms", "time over torch's", "peak MiB", "over torch's")
     return Sheet(title, columns, rows)
 
 

@@ -125,8 +125,11 @@ def remarks(cfg: Config, world_size: int) -> list[str]:
             "note: data.source.cache process keeps in memory what the order comes back to: with data.shuffle global, "
             "the whole file"
         )
-    if preferred_device(cfg.run).type == "cpu" and cfg.run.cuda_graphs:
-        found.append("note: run.cuda_graphs has nothing to capture on a CPU")
+    if preferred_device(cfg.run).type == "cpu":
+        if cfg.run.cuda_graphs:
+            found.append("note: run.cuda_graphs has nothing to capture on a CPU")
+        if cfg.run.compile:
+            found.append("note: run.compile is meant for GPUs: on two CPU cores it was slower (docs/LOG.md)")
     return found
 
 
