@@ -11,7 +11,6 @@ so one pass over the queue gives loss and gradient, row by row, and only a tile 
 
 import os
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -70,7 +69,6 @@ def relational_loss(
     return loss.to(student.dtype)
 
 
-@cache
 def can_fuse(device: torch.device) -> bool:
     """Whether the tiles of `triton` fit into the shared memory of a multiprocessor: A100, H100 and their successors."""
     if device.type != "cuda":
