@@ -126,7 +126,7 @@ def advise(cfg: Config, facts: Facts, binding: Binding) -> tuple[Advice, ...]:
 
 def _bound(facts: Facts, line: str, why: str) -> Advice:
     """Of a line that takes the loader's burden away: the step alone binds next."""
-    return Advice(line=line, why=why, images_per_s=facts.images / facts.synthetic, measured=False)
+    return Advice(line=line, why=why, images_per_s=facts.images / facts.synthetic)
 
 
 # --- the loader ------------------------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def _more_threads(cfg: Config, facts: Facts) -> Iterator[Advice]:
         rates = f"gave {curve[most]:,.0f} images/s instead of {curve[present]:,.0f}"
         why = f"{present} of {most} cores{each} decode; with all of them decoding alone {rates}"
         step = max(facts.synthetic, facts.loader * curve[present] / curve[most])
-        yield Advice(line="data.source.workers=0", why=why, images_per_s=facts.images / step, measured=False)
+        yield Advice(line="data.source.workers=0", why=why, images_per_s=facts.images / step)
 
 
 def _ahead(cfg: Config, facts: Facts) -> Iterator[Advice]:
@@ -258,7 +258,7 @@ def _convert(cfg: Config, facts: Facts, images: Path, why: str) -> tuple[str, st
 def _without(facts: Facts, saved: float, line: str, why: str) -> Advice:
     """Of a line that saves at most so many seconds of the step: the loader binds next."""
     step = max(facts.real - saved, facts.loader)
-    return Advice(line=line, why=why, images_per_s=facts.images / step, measured=False)
+    return Advice(line=line, why=why, images_per_s=facts.images / step)
 
 
 def _cut_faster(cfg: Config, facts: Facts) -> Iterator[Advice]:
@@ -302,7 +302,7 @@ def _coarser(cfg: Config, facts: Facts) -> Iterator[Advice]:
             why = f"the step alone was {times:.2f} times as fast {seen}; networks in bfloat16, the loss in float32"
             yield _without(facts, facts.synthetic * (1 - 1 / times), BF16, why)
     elif facts.measured.device == "cuda" and cfg.run.precision in ("fp32", "tf32"):
-        yield Advice(line=BF16, why="networks in bfloat16, the loss in float32", images_per_s=None, measured=False)
+        yield Advice(line=BF16, why="networks in bfloat16, the loss in float32", images_per_s=None)
 
 
 def _faster_loss(cfg: Config, facts: Facts) -> Iterator[Advice]:
@@ -321,4 +321,4 @@ def _faster_loss(cfg: Config, facts: Facts) -> Iterator[Advice]:
 def _fuse(cfg: Config, facts: Facts) -> Iterator[Advice]:
     if facts.measured.device == "cuda" and not cfg.run.compile:
         why = "fewer, larger kernels; takes a minute or more at the start"
-        yield Advice(line="run.compile=true", why=why, images_per_s=None, measured=False)
+        yield Advice(line="run.compile=true", why=why, images_per_s=None)

@@ -171,11 +171,9 @@ def setting_line(profile: Profile) -> str:
     return f"{profile.device}, {profile.precision}, {processes}, {profile.images:,} images a step{each}"
 
 
-def advice_gain(expected: float | None, measured: bool, now: Spread | None) -> str:
+def advice_gain(bound: float | None, now: Spread | None) -> str:
     """What a line of advice brings, as far as it can be told."""
-    if expected is None:
+    if bound is None:
         return "what it brings shows only when it is tried"
-    times = f" instead of {rate_text(now.median)} ({digits(expected / now.median)}x)" if now else ""
-    if measured:
-        return f"{rate_text(expected)} images/s{times}, measured"
-    return f"at most {rate_text(expected)} images/s{times}: a bound, not measured"
+    times = f" instead of {rate_text(now.median)} ({digits(bound / now.median)}x)" if now else ""
+    return f"at most {rate_text(bound)} images/s{times}: a bound, not measured"

@@ -80,11 +80,10 @@ def _verdict(profile: Profile) -> str:
 
 
 def _advice(profile: Profile, advice: Advice) -> str:
-    gain = advice_gain(advice.images_per_s, advice.measured, images_per_s(profile, profile.runs.real))
-    css = "gain measured" if advice.measured else "gain"
+    gain = advice_gain(advice.images_per_s, images_per_s(profile, profile.runs.real))
     return (
         f"<li><code>{escape(advice.line)}</code><span>{escape(advice.why)}</span>"
-        f'<span class="{css}">{escape(gain)}</span></li>'
+        f'<span class="gain">{escape(gain)}</span></li>'
     )
 
 

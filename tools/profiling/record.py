@@ -86,8 +86,7 @@ class Advice(Section):
 
     line: str  # as typed behind the config: section.key=value; or a command
     why: str
-    images_per_s: float | None  # expected over all ranks; None where it cannot be told
-    measured: bool  # whether the run itself was measured so; otherwise it is a bound: at most so many
+    images_per_s: float | None  # over all ranks, at most: nothing was run with the line; None where it cannot be told
 
 
 class Verdict(Section):

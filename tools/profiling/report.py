@@ -88,5 +88,5 @@ def _print_verdict(profile: Profile, console: Console) -> None:
     for advice in verdict.advice:
         console.print()
         console.print(Text(f"  {printed(advice.line)}", style="bold green"), soft_wrap=True)  # to be copied whole
-        for text in (advice.why, advice_gain(advice.images_per_s, advice.measured, now)):
+        for text in (advice.why, advice_gain(advice.images_per_s, now)):
             console.print(Padding(Text(printed(text)), (0, 0, 0, 4)))

@@ -24,9 +24,9 @@ WIDTHS = {"phone": 306, "half": 506, "whole": 1082}  # px of a plot inside its c
 
 STYLE = """
 :root { color-scheme: light dark; --page: #f4f5f7; --card: #ffffff; --ink: #16191d; --soft: #5a6472; --line: #d9dde3;
-  --accent: #0b62c4; --good: #11733f; --warn: #8a4b00; --code: #eef1f5; }
+  --accent: #0b62c4; --warn: #8a4b00; --code: #eef1f5; }
 @media (prefers-color-scheme: dark) { :root { --page: #0f1216; --card: #181c22; --ink: #e9ecf0; --soft: #a3adba;
-  --line: #333a44; --accent: #7ab5ff; --good: #6fd39b; --warn: #f2b866; --code: #232932; } }
+  --line: #333a44; --accent: #7ab5ff; --warn: #f2b866; --code: #232932; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); line-height: 1.45;
   font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
@@ -52,7 +52,6 @@ code { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans 
   overflow-wrap: anywhere; }
 ol code { background: var(--code); padding: 5px 8px; border-radius: 6px; font-weight: 600; }
 .gain { color: var(--soft); }
-.gain.measured { color: var(--good); font-weight: 600; }
 .tiles { display: grid; gap: 16px; margin: 0; grid-column: 1 / -1;
   grid-template-columns: repeat(auto-fit, minmax(min(190px, 100%), 1fr)); }
 .tiles div { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 16px; }
@@ -103,7 +102,7 @@ pre { overflow-x: auto; background: var(--code); padding: 12px; border-radius: 6
   .tiles div:first-child { grid-column: 1 / -1; } .tiles dd.big { font-size: 1.5rem; }
   svg.phone { display: block; } svg.half, svg.whole { display: none; } .verdict p { font-size: 1.0625rem; } }
 @media print { :root { color-scheme: light; --page: #fff; --card: #fff; --ink: #000; --soft: #444; --line: #bbb;
-    --accent: #0b4f9e; --good: #0b5a30; --warn: #7a4200; --code: #f2f2f2; }
+    --accent: #0b4f9e; --warn: #7a4200; --code: #f2f2f2; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } main { padding: 0; gap: 10px; }
   section, .tiles div { break-inside: avoid; } section:has(details[open]) { break-inside: auto; }
   svg.half { max-width: 470px; } svg.whole text { font-size: 17px; }

@@ -66,8 +66,8 @@ def made_profile() -> Callable[..., Profile]:
                 binding="decode",
                 sentence="Decoding binds: a step waits for 20 % of its time.",
                 advice=(
-                    Advice(line="data.source.workers=2", why="one core idles", images_per_s=1000.0, measured=True),
-                    Advice(line="run.precision=bf16", why="the step is next", images_per_s=None, measured=False),
+                    Advice(line="data.source.workers=2", why="one core idles", images_per_s=1000.0),
+                    Advice(line="run.precision=bf16", why="the step is next", images_per_s=None),
                 ),
             ),
         }

@@ -85,7 +85,7 @@ def test_the_verdict_stands_last_with_lines_to_copy(made_profile):
     end = text[text.index("Verdict: cutting the views") :]
     assert "Cutting the views binds." in end
     assert f"  {advice.line}\n" in end
-    assert "1,000 images/s instead of 800 (1.25x), measured" in end
+    assert "at most 1,000 images/s instead of 800 (1.25x)" in end
 
 
 def test_a_cpu_is_named_as_one(made_profile):
