@@ -349,3 +349,37 @@ def test_a_corrupt_file_is_replaced_aloud_or_fatal(
 def test_every_verb_explains_itself(verb: str, ressl: Launch) -> None:
     code, out, _ = ressl(verb, "--help")
     assert code == 0 and "Usage:" in out and f" {verb} " in out and len(out.splitlines()) > 5
+
+
+def test_a_profile_is_compared_with_itself_and_with_nothing_else(ressl: Launch, repo: Path, tmp_path: Path) -> None:
+    kept = repo / "docs" / "results" / "profile-quickstart-cpu-2026-11-22.json"
+    code, out, _ = ressl("profile", "--compare", kept, kept)
+    assert code == 0 and "No step back" in out
+    (tmp_path / "other.json").write_text("{}")
+    code, _, err = ressl("profile", "--compare", kept, tmp_path / "other.json")
+    assert code == 2 and "other.json: not a profile of `launch.py profile`" in err
+    code, _, err = ressl("profile", "--compare", kept, tmp_path / "none.json")
+    assert code == 2 and "none.json: No such file" in err
+
+
+def test_a_profile_of_nothing_or_of_data_that_is_not_there_is_refused(ressl: Launch, tiny_config: Path) -> None:
+    code, _, err = ressl("profile")
+    assert code == 2 and "expected a CONFIG, or --compare A.json B.json" in err
+    code, _, err = ressl("profile", tiny_config, "data.source.train=nowhere.safetensors")
+    assert code == 2 and "nowhere.safetensors" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--nodes", 2], "--nodes 2 needs --gpus or --processes"),
+        (["--nodes", 2, "--processes", 1], "needs --rendezvous HOST:PORT"),
+        (["--nodes", 2, "--processes", 1, "--rendezvous", "here"], "expected HOST:PORT"),
+        (["--nodes", 2, "--processes", 1, "--rendezvous", "here:1", "--node-rank", 2], "--node-rank 2"),
+    ],
+)
+def test_several_machines_that_cannot_be_are_refused(
+    options: list, message: str, ressl: Launch, tiny_config: Path
+) -> None:
+    code, _, err = ressl("pretrain", tiny_config, *options)
+    assert code == 2 and message in err
