@@ -51,7 +51,9 @@ gpu:
 	@if [ -d runs/quickstart/data ]; then $(MAKE) --no-print-directory bench; \
 		else echo "make gpu: no benchmark of the quickstart without its data: make quickstart makes it"; fi
 	@$(MAKE) --no-print-directory bench-loss bench-update bench-step
-	@if [ -n "$(IMAGES)" ]; then $(MAKE) --no-print-directory bench-profile bench-loaders; \
+	@if [ -d "$(IMAGES)" ]; then $(MAKE) --no-print-directory bench-profile; \
+		else echo "make gpu: no profiles without a folder of images: make gpu IMAGES=FOLDER"; fi
+	@if [ -n "$(IMAGES)" ]; then $(MAKE) --no-print-directory bench-loaders; \
 		else echo "make gpu: no benchmark of the loaders without images: make gpu IMAGES=FOLDER, or a .tar of one"; fi
 
 bench:

@@ -83,7 +83,11 @@ class TrainStep:
 
 def build_step(cfg: Config, runtime: Runtime) -> TrainStep:
     """The step of a config's run, on the runtime's device, with the weights that torch's seed draws."""
-    method = build_method(cfg.method, cfg.encoder, runtime.collectives).to(runtime.device)
+    return step_of(build_method(cfg.method, cfg.encoder, runtime.collectives).to(runtime.device), cfg, runtime)
+
+
+def step_of(method: AnyMethod, cfg: Config, runtime: Runtime) -> TrainStep:
+    """The step of a method that is on the runtime's device, as the config has it: optimizer, compiled, captured."""
     optimizer = build_optimizer(method.student, cfg.optim, capturable=cfg.run.cuda_graphs)
     if cfg.run.compile:
         compile_blocks_(method)

@@ -4,9 +4,10 @@ import io
 import os
 import re
 import struct
+import subprocess
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Processes that share the cores: threads that wait for others to be given one would make a step take ten times as long.
@@ -41,6 +42,54 @@ def repo() -> Path:
 def _skip_gpu_tests_without_a_gpu(request: pytest.FixtureRequest) -> None:
     if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other cost more than they gain on work this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# Triton's compiler needs no GPU, only someone to tell for which one: this driver does, and drops what it is to launch.
+DRIVER = """
+import types
+import triton
+from triton.backends.compiler import GPUTarget
+
+compiled = []
+
+class Driver:
+    utils = types.SimpleNamespace(
+        load_binary=lambda name, binary, shared, device: compiled.append((name, binary)) or (1, 1, 0, 0, 1024),
+        get_device_properties=lambda device: {"max_shared_mem": 232448, "multiprocessor_count": 132},
+    )
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+    launcher_cls = staticmethod(lambda source, metadata: lambda *arguments: None)
+
+triton.runtime.driver.set_active(Driver())
+"""
+
+
+@pytest.fixture
+def compile_for_a_gpu(tmp_path: Path) -> Callable[[str], list[str]]:
+    """`compile_for_a_gpu(script)`: runs the script where kernels are compiled for sm_90 and none is launched, and gives
+    the words that it prints. It finds the name and binary of each in `compiled`."""
+
+    def run(script: str) -> list[str]:
+        environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(REPO)}
+        done = subprocess.run(
+            [sys.executable, "-c", DRIVER + script], cwd=REPO, env=os.environ | environment, capture_output=True,
+            text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    return run
 
 
 COLOURS = ((200, 60, 60), (60, 200, 60), (60, 60, 200), (200, 200, 60))

@@ -7,21 +7,15 @@ parts alike; the median and the range over the rounds are given. It needs the co
 """
 
 import argparse
-import json
-import os
-import platform
-import re
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
-from importlib import metadata
 from pathlib import Path
 
 import torch
-from PIL import features
 from rich.console import Console
 from rich.table import Table
 
@@ -30,12 +24,10 @@ from pipelines.loader import ViewStream
 from ressl.batch import Batch, DataError
 from ressl.config import Config
 from ressl.config_file import ConfigError, load_config
-from ressl.method import build_method
-from ressl.optim import build_optimizer
 from ressl.runtime import MachineError, Runtime
-from ressl.step import TrainStep
-
-PACKAGES = ("torchvision", "triton", "numpy", "pillow", "numba", "ffcv", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
+from ressl.step import build_step
+from tools.machine import machine
+from tools.output import keep, make_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +58,14 @@ def step_parts(cfg: Config, steps: int) -> tuple[list[Part], Callable[[], None]]
     assert isinstance(stream, ViewStream)
     if stream.steps_per_epoch < steps:
         raise DataError(f"--steps {steps}, but an epoch has only {stream.steps_per_epoch}")
-    method = build_method(cfg.method, cfg.encoder, runtime.collectives).to(runtime.device).train()
-    take_step = TrainStep(method, build_optimizer(method.student, cfg.optim), runtime, accumulate=1)
+    # batches are micro-batches: one makes a step here
+    take_step = build_step(cfg.model_copy(update={"optim": cfg.optim.model_copy(update={"accumulate": 1})}), runtime)
+    take_step.method.train()
     held_frames = next(iter(stream.frames(0)))
     held = stream.cut(held_frames, 0)
 
     def train_on(batch: Batch) -> None:
-        take_step(iter([batch]), lr=cfg.optim.peak_lr, momentum=method.momentum(0))
+        take_step(iter([batch]), lr=cfg.optim.peak_lr, momentum=take_step.method.momentum(0))
 
     def frames(steps: int) -> None:
         for _ in zip(range(steps), stream.frames(0), strict=False):
@@ -114,37 +107,11 @@ def report(cfg: Config, seconds: dict[str, list[float]]) -> list[tuple[str, str,
     return rows
 
 
-def machine() -> dict[str, str | int]:
-    """What a figure depends on: the hardware, and the versions of what decodes and computes. What is not there is left
-    out."""
-    found: dict[str, str | int | None] = {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "cpu": _first(Path("/proc/cpuinfo"), r"model name\s*:\s*(.+)") or platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9:,.0f} GB",
-        "driver": _first(Path("/proc/driver/nvidia/version"), r"Module\s+(?:for \S+\s+)?([\d.]+)"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "libjpeg-turbo of Pillow": features.version("libjpeg_turbo"),
-    }
-    found |= {name: _version(name) for name in PACKAGES}
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def _first(file: Path, pattern: str) -> str | None:
-    """What the pattern's group matches first in a file of the kernel's."""
-    try:
-        match = re.search(pattern, file.read_text())
-    except OSError:
-        return None
-    return match.group(1).strip() if match else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+def markdown(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table, and the machine that it is of."""
+    lines = [f"# {title}", "", f"`{machine()}`", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> int:
@@ -157,6 +124,8 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         cfg = load_config(arguments.config, arguments.overrides)
+        if arguments.out:
+            make_out(arguments.out)
         parts, wait = step_parts(cfg, arguments.steps)
         seconds = measure(parts, steps=arguments.steps, rounds=arguments.rounds, wait=wait)
     except (ConfigError, DataError, MachineError) as error:
@@ -170,13 +139,9 @@ def main() -> int:
         table.add_row(*row)
     Console().print(table)
     if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
         name = f"step-{arguments.config.stem}-{'gpu' if torch.cuda.is_available() else 'cpu'}-{date.today()}"
-        lines = [f"# {title}", "", f"`{machine()}`", "", "| " + " | ".join(columns) + " |", "|---|---|---|---|"]
-        lines += ["| " + " | ".join(row) + " |" for row in rows]
-        (arguments.out / f"{name}.md").write_text("\n".join(lines) + "\n")
         record = {"machine": machine(), "config": cfg.model_dump(mode="json"), "seconds_a_step": seconds}
-        (arguments.out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+        keep(record, markdown(title, columns, rows), arguments.out / name)
     return 0
 
 

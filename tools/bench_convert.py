@@ -32,13 +32,14 @@ from rich.console import Console
 from pipelines.images import BadImage, decoded_size, read_file, scan_folder
 from ressl.batch import DataError
 from tools.baselines import ffcv_write, folder_files, load_ffcv_writer
-from tools.bench import machine
 from tools.bench_convert_report import Record, markdown, print_report
 from tools.bench_data import prepare
-from tools.bench_loaders import answer, keep, machine_cpu_seconds, make_out, shuffled
+from tools.bench_loaders import answer, shuffled
 from tools.convert import DiskFull, convert
 from tools.estimate import SAMPLES
 from tools.loader_arms import ArmFailed, own_cpu_seconds
+from tools.machine import machine, machine_cpu_seconds
+from tools.output import keep, make_out
 
 PAIRS = {"tar": "ours-header", "decode": "ours-decode", "ffcv": "ours-ffcv"}  # what ours is compared with
 ARMS = (*PAIRS, *PAIRS.values())

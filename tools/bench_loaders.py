@@ -7,7 +7,6 @@ IMAGES is a folder of images or a .tar of one. Files converted from it are kept 
 
 import argparse
 import importlib.util
-import json
 import os
 import random
 import sys
@@ -29,7 +28,8 @@ from tools.bench_device import measure_device
 from tools.convert import DiskFull
 from tools.loader_arms import Arm, ArmFailed, Job, Running, Turn, all_arms, start, stop, turn
 from tools.loader_report import Record, markdown, print_report
-from tools.output import atomic_output
+from tools.machine import machine, machine_cpu_seconds
+from tools.output import keep, make_out
 
 EPOCHS = 1 << 16  # of one turn, at most: every turn has epochs of its own
 STOPPED = 130
@@ -142,12 +142,6 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def machine_cpu_seconds() -> float:
-    """User and system time of all processes since the machine started (man 5 proc, /proc/stat)."""
-    user, nice, system, _, _, irq, softirq = map(int, Path("/proc/stat").read_text().split()[1:8])
-    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
-
-
 def bench(arguments: argparse.Namespace, console: Console) -> Record:
     """Everything that was measured and how, ready for JSON. Raises DataError and DiskFull."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -188,8 +182,6 @@ def make_record(
     others_share: float,
     on_device: Record | None,
 ) -> Record:
-    from tools.bench import machine  # takes seconds, and each arm's process imports this file
-
     options = {name: getattr(arguments, name) for name in ("rounds", "batch", "workers", "seconds", "images_per_round")}
     measured = {
         arm.name: {
@@ -221,15 +213,6 @@ def write(record: Record, out: Path) -> list[Path]:
     return keep(record, markdown(record), out / f"loaders-{kind}-{record['date']}")
 
 
-def keep(record: Record, text: str, path: Path) -> list[Path]:
-    """A benchmark's text and its record, as `path` with .md and .json."""
-    paths = [path.with_name(path.name + suffix) for suffix in (".md", ".json")]
-    for one, content in zip(paths, (text, json.dumps(record, indent=1) + "\n"), strict=True):
-        with atomic_output(one) as file:
-            file.write(content.encode())
-    return paths
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tools.bench_loaders", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("images", type=Path, metavar="IMAGES", help="a folder of images, or a .tar of one")
@@ -254,14 +237,6 @@ def check(arguments: argparse.Namespace) -> None:
     if not 0 <= arguments.seconds <= 600:
         raise DataError(f"--seconds {arguments.seconds}: expected from 0 to 600")
     make_out(arguments.out)
-
-
-def make_out(out: Path) -> None:
-    """Raises DataError where it cannot be."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"--out {out}: the directory cannot be made: {error.strerror}") from None
 
 
 def answer(measure: Callable[[], tuple[Record, list[Path]]], show: Callable[[Record, Console], None]) -> int:

@@ -8,7 +8,6 @@ is the peak of one forward and backward beside the inputs: of the allocator on a
 
 import argparse
 import ctypes
-import json
 import platform
 import sys
 import time
@@ -23,9 +22,12 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 
+from ressl.batch import DataError
 from ressl.loss import WIDEST, LossImpl, LossPrecision, relational_loss
-from tools.bench import Part, machine, measure
+from tools.bench import Part, measure
 from tools.loader_report import Sheet, print_sheets, spread
+from tools.machine import machine
+from tools.output import keep, make_out
 from tools.profiling.clock import forget_peak, peak_memory, wait
 
 Size = tuple[int, int, int, int]  # B, V, K, D
@@ -191,13 +193,16 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="directory for a markdown and a JSON file")
     arguments = parser.parse_args()
     sizes: list[Size] = arguments.size or list(ON_CUDA if torch.cuda.is_available() else ON_CPU)
+    try:
+        if arguments.out:
+            make_out(arguments.out)
+    except DataError as error:
+        print(f"ressl: error: {error}", file=sys.stderr)
+        return 2
     record = bench(sizes, arguments.queue, max(1, arguments.rounds), arguments.seconds)
     print_sheets([sheet(record)], left_out(record), Console())
     if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        name = f"loss-{record['options']['device']}-{record['date']}"
-        (arguments.out / f"{name}.md").write_text(markdown(record))
-        (arguments.out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+        keep(record, markdown(record), arguments.out / f"loss-{record['options']['device']}-{record['date']}")
     return 0
 
 

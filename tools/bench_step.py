@@ -23,20 +23,19 @@ from torch import Tensor, nn
 
 from ressl.batch import Batch, DataError
 from ressl.batchnorm import normalised_together
-from ressl.compiled import compile_blocks_
 from ressl.config import Config
 from ressl.config_file import ConfigError, load_config
 from ressl.config_optim import SGDConfig
 from ressl.graphs import WARM_UP as BEFORE_CAPTURE
 from ressl.method import AnyMethod, StepOutput, build_method
-from ressl.optim import build_optimizer
 from ressl.runtime import Runtime, launched
-from ressl.step import TrainStep, build_step
-from tools.bench import machine
-from tools.bench_loaders import answer, keep, machine_cpu_seconds, make_out, shuffled
+from ressl.step import TrainStep, build_step, step_of
+from tools.bench_loaders import answer, shuffled
 from tools.bench_step_report import Record, markdown, print_report
 from tools.eager_port import EagerPort, plain_sgd
 from tools.ending import exit_code
+from tools.machine import machine, machine_cpu_seconds
+from tools.output import keep, make_out
 
 DEFAULTS = {  # by device: the config, what is set in it, images a step
     "cuda": ("configs/imagenet_resnet50_200ep_paper.yaml", ["run.precision=bf16"], [32, 256, 1024]),
@@ -105,11 +104,7 @@ def make_step(name: str, cfg: Config, runtime: Runtime, batch: Batch) -> Step:
 
 def floor_step(cfg: Config, runtime: Runtime) -> TrainStep:
     method = build_method(cfg.method, cfg.encoder, runtime.collectives).to(runtime.device)
-    optimizer = build_optimizer(method.student, cfg.optim, capturable=cfg.run.cuda_graphs)
-    if cfg.run.compile:
-        compile_blocks_(method)
-    floor = cast(AnyMethod, Floor(method))  # a TrainStep asks no more of a method than Floor has
-    return TrainStep(floor, optimizer, runtime, cuda_graphs=cfg.run.cuda_graphs)
+    return step_of(cast(AnyMethod, Floor(method)), cfg, runtime)  # a step asks no more of a method than Floor has
 
 
 def port(cfg: Config, runtime: Runtime, images: int, autocast: torch.dtype | None) -> EagerPort:

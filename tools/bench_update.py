@@ -9,7 +9,6 @@ rounds are interleaved; the median and the range over the rounds are given. It n
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,8 +31,9 @@ from ressl.ema import ema_update_
 from ressl.method import build_method
 from ressl.optim import build_optimizer
 from ressl.runtime import MachineError, Runtime
-from tools.bench import Part, machine, measure
-from tools.bench_loaders import make_out
+from tools.bench import Part, markdown, measure
+from tools.machine import machine
+from tools.output import keep, make_out
 
 COPY = "copy of a large tensor"
 COPIED = 1 << 25  # float32 values: 128 MiB, more than caches hold
@@ -136,14 +136,6 @@ def _spread(ratios: list[float]) -> str:
     return f"{median(ratios):.2f} [{min(ratios):.2f} to {max(ratios):.2f}]"
 
 
-def write(out: Path, name: str, title: str, rows: list[tuple[str, ...]], record: dict[str, object]) -> None:
-    """A table in markdown and everything in JSON."""
-    lines = [f"# {title}", "", f"`{machine()}`", ""]
-    lines += ["| " + " | ".join(row) + " |" for row in (COLUMNS, ("---",) * len(COLUMNS), *rows)]
-    (out / f"{name}.md").write_text("\n".join(lines) + "\n")
-    (out / f"{name}.json").write_text(json.dumps({"machine": machine(), **record}, indent=1) + "\n")
-
-
 def networks(cfg: Config) -> tuple[nn.Module, nn.Module, torch.device]:
     """The student and the teacher of a config's run, where it would compute."""
     runtime = Runtime(cfg.run)
@@ -196,7 +188,7 @@ def main() -> int:
     if arguments.out:
         name = f"update-{arguments.config.stem}-{'gpu' if device.type == 'cuda' else 'cpu'}-{date.today()}"
         record = {"config": cfg.model_dump(mode="json"), "parameters": parameters, "copied": COPIED, "seconds": seconds}
-        write(arguments.out, name, title, rows, record)
+        keep({"machine": machine(), **record}, markdown(title, COLUMNS, rows), arguments.out / name)
     return 0
 
 

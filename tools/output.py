@@ -1,12 +1,13 @@
 """Files that appear under their names only when they are whole; directories in which nobody else's file is touched."""
 
 import fcntl
+import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from pipelines.shards import INDEX
 from ressl.batch import DataError
@@ -34,6 +35,23 @@ def atomic_output(path: Path) -> Iterator[BinaryIO]:
             part.unlink(missing_ok=True)
         with suppress(OSError):  # what could not be flushed has been reported, or is not wanted
             file.close()
+
+
+def make_out(out: Path) -> None:
+    """Raises DataError where it cannot be."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"--out {out}: the directory cannot be made: {error.strerror}") from None
+
+
+def keep(record: Mapping[str, Any], text: str, path: Path) -> list[Path]:
+    """A benchmark's text and its record, as `path` with .md and .json."""
+    paths = [path.with_name(path.name + suffix) for suffix in (".md", ".json")]
+    for one, content in zip(paths, (text, json.dumps(record, indent=1) + "\n"), strict=True):
+        with atomic_output(one) as file:
+            file.write(content.encode())
+    return paths
 
 
 def expand(path: Path) -> Path:

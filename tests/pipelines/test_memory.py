@@ -4,7 +4,6 @@ import gc
 import io
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,8 @@ from rich.console import Console
 from pipelines import build_loaders
 from ressl.config import Config
 from tools.convert import convert
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 COUNT, SIDE, BATCH = 16, 160, 8
 BATCH_BYTES = 3 * BATCH * SIDE * SIDE  # 0.6 MB of decoded pixels
@@ -74,15 +75,6 @@ def config(data: Path, chosen: dict) -> Config:
             "run": {"out_dir": data / "run", "device": "cpu"},
         }
     )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Two threads that wait for each other cost more than they gain on views this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def resident_bytes() -> int:

@@ -1,6 +1,5 @@
 import gc
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,16 +14,9 @@ from tools.bench_step import ARMS, Floor, Unfit, bench_batch, floor_step, noise,
 from tools.bench_step_report import markdown, ratios, sheets
 from tools.eager_port import EagerPort
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BF16 = "run.precision=bf16"
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Steps as small as these only lose by more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def read(path: Path, *overrides: str) -> tuple[Config, Runtime]:

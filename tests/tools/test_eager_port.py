@@ -1,5 +1,4 @@
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,18 +14,12 @@ from ressl.runtime import Runtime
 from ressl.step import TrainStep
 from tools.eager_port import EagerPort, plain_sgd
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 IMAGES, STEPS = 8, 5
 OPTIM = SGDConfig(
     name="sgd", epochs=1, batch_size=IMAGES, lr=0.5, weight_decay=0.1, no_decay=("bias",), warmup_epochs=0
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def fresh(dtype: torch.dtype) -> ReSSL:

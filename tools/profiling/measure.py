@@ -13,7 +13,7 @@ from rich.console import Console
 from pipelines.free_memory import free_memory
 from ressl import graphs
 from ressl.config import Config
-from tools.bench_loaders import machine_cpu_seconds
+from tools.machine import machine_cpu_seconds
 from tools.profiling.advice import LOADER
 from tools.profiling.alternatives import measure_alternatives, rounds_for
 from tools.profiling.arms import Arm, make_arms, real_steps, synthetic_steps

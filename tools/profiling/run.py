@@ -14,8 +14,8 @@ from ressl.batch import DataError
 from ressl.config import Config
 from ressl.config_file import ConfigError
 from ressl.runtime import launched, preferred_device
-from tools.bench import machine
-from tools.bench_loaders import make_out
+from tools.machine import machine
+from tools.output import make_out
 from tools.profiling.measure import measure
 from tools.profiling.ranks import ROOT, fewer_processes, measure_fewer, measure_ranks
 from tools.profiling.record import Measured, Point, Profile
@@ -58,8 +58,6 @@ def profile(
         others, notes = _on_fewer(cfg, console, of=count, until=began + seconds)
     else:
         measured = measure(cfg, console, seconds=seconds, until=began + seconds, trace=traced)
-    for note in (*measured.notes, *notes):
-        console.print(f"note: {note}", soft_wrap=True)
     return _join(cfg, measured, others, title=title, command=command, notes=(*measured.notes, *notes))
 
 
