@@ -71,7 +71,7 @@ def test_it_writes_a_table_and_every_number(
     assert len(record["seconds"]) == 10 and {len(times) for times in record["seconds"].values()} == {2}
     assert record["parameters"] > 1000 and record["machine"]["device"] == "cpu"
     (table,) = (path.read_text() for path in (tmp_path / "out").glob("*.md"))
-    assert table.count("\n| ") == 11  # names, rule and nine jobs
+    assert table.count("\n|") == 11  # names, rule and nine jobs
 
 
 @pytest.mark.parametrize(
