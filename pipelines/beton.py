@@ -7,6 +7,7 @@ FFCV trusts every number in the file: a damaged one gives wrong pixels, a hang o
 
 import os
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -14,6 +15,7 @@ from typing import BinaryIO
 import numpy as np
 
 from pipelines.images import MAX_PIXELS
+from pipelines.manifest import check_tables
 from ressl.batch import DataError
 
 VERSION = 2
@@ -69,11 +71,13 @@ def field_descriptors(fields: tuple[str, ...]) -> np.ndarray:
     return descriptors
 
 
-def open_beton(path: Path) -> Beton:
+def open_beton(path: Path, *, sealed: bool = False) -> Beton:
     """Reads and checks header and tables; image data is not read. Seconds for a million samples at most.
 
     Takes files with our fields or with FFCV's usual `image, label`, for which `index` counts up and `original` is the
-    stored size. Raises DataError for whatever is not a whole, consistent .beton file.
+    stored size. `sealed`: where an index lies beside the file, its checksum of the tables counts too, without which
+    another label or another original size cannot be told from the right one. Raises DataError for whatever is not a
+    whole, consistent .beton file.
     """
     path = Path(path)
     length = _file_length(path)
@@ -83,13 +87,15 @@ def open_beton(path: Path) -> Beton:
             header = _read_header(path, file, length)
             fields = _read_fields(path, file, header, length)
             samples, table = _read_tables(path, file, header, fields, length)
+            first_data = HEADER.itemsize + len(fields) * FIELD.itemsize + samples.nbytes
+            _check_allocations(path, samples, table, first_data, header)
+            size = np.stack([samples["image"]["height"], samples["image"]["width"]], axis=1).astype(np.int32)
+            _check_images(path, samples["image"]["mode"], size, table["size"])
+            index, original = _check_identity(path, samples, size)
+            if sealed:
+                check_tables(path, _tables(file, first_data, int(header["alloc_table_ptr"])))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    first_data = HEADER.itemsize + len(fields) * FIELD.itemsize + samples.nbytes
-    _check_allocations(path, samples, table, first_data, header)
-    size = np.stack([samples["image"]["height"], samples["image"]["width"]], axis=1).astype(np.int32)
-    _check_images(path, samples["image"]["mode"], size, table["size"])
-    index, original = _check_identity(path, samples, size)
     return Beton(
         path=path,
         page_size=int(header["page_size"]),
@@ -168,7 +174,7 @@ def _read_fields(path: Path, file: BinaryIO, header: np.void, length: int) -> tu
         expected = field_descriptors(fields)
         if len(found) == len(fields) and all((found[key] == expected[key]).all() for key in ("type_id", "name")):
             return fields
-    names = [f"{field['name'].decode('ascii', 'replace')} (type {field['type_id']})" for field in found[:8]]
+    names = [f"{field['name'].decode('ascii', 'replace')} (type {field['type_id']})" for field in found[:5]]
     expected_names = f"{', '.join(FIELDS)} or {', '.join(STOCK_FIELDS)} ({IMAGE_FIELD}, then {INT_FIELD})"
     raise DataError(f"{path}: fields {', '.join(map(repr, names))}, expected {expected_names}; convert again")
 
@@ -200,6 +206,14 @@ def _read_tables(
     if not np.array_equal(table["sample_id"], np.arange(count, dtype=np.uint64)):
         raise DataError(f"{path}: the allocation table does not list each image once; convert again")
     return samples, table
+
+
+def _tables(file: BinaryIO, first_data: int, table_ptr: int) -> Iterator[bytes]:
+    """What comes before the data, and what behind them."""
+    file.seek(0)
+    yield file.read(first_data)
+    file.seek(table_ptr)
+    yield file.read()
 
 
 def _check_allocations(path: Path, samples: np.ndarray, table: np.ndarray, first_data: int, header: np.void) -> None:

@@ -1,16 +1,21 @@
-"""manifest.json beside converted data: what each file holds, where it came from and what had to be left out."""
+"""manifest.json beside converted data: what each file holds, where it came from and what had to be left out. And the
+checksum of its tables that the index beside a file keeps."""
 
 import hashlib
 import json
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ressl.batch import DataError
 
 NAME = "manifest.json"
 FORMAT = "ressl-manifest-2"
+INDEX = ".index.npz"  # behind the name of a .beton or tensor file: its index, see tools/index_file.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +77,41 @@ def classes_of(path: Path) -> tuple[str, ...]:
     return next((record.classes for record in records if record.file == path.name), ())
 
 
+def check_tables(path: Path, parts: Iterable[bytes]) -> None:
+    """Raises DataError unless `parts`, all of a .beton or tensor file but its images, are what its index knows. Where
+    there is no index beside it, nothing can be told."""
+    known = _tables_sha256(path.with_name(path.name + INDEX))
+    digest = hashlib.sha256()
+    for part in parts if known is not None else ():
+        digest.update(part)
+    if known is not None and digest.hexdigest() != known:
+        raise DataError(
+            f"{path}: its tables are not those that {path.name}{INDEX} knows: damaged, or one of both is of another "
+            "conversion; convert or copy both again"
+        )
+
+
+def _tables_sha256(index: Path) -> str | None:
+    try:
+        if not stat.S_ISREG(index.stat().st_mode):
+            raise DataError(f"{index}: not a regular file; copy it or convert again")
+        with index.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            return str(file["tables_sha256"].item().decode("ascii"))
+    except FileNotFoundError:
+        return None
+    except DataError:
+        raise
+    except OSError as error:
+        raise DataError(f"{index}: cannot be read: {error.strerror or 'damaged'}; copy it or convert again") from None
+    except Exception:  # zipfile and numpy raise a dozen types for damaged data, in words that help nobody
+        raise DataError(f"{index}: damaged; copy it or convert again") from None
+
+
 def _record(raw: dict[str, Any]) -> SplitRecord:
     record = SplitRecord(**{**raw, "classes": tuple(raw["classes"]), "skipped": tuple(raw["skipped"])})
-    for value, kind in ((record.file, str), (record.count, int), (record.index, str), (record.index_sha256, str)):
-        if type(value) is not kind:  # True is an int too
-            raise TypeError
+    texts = (record.file, record.index, record.index_sha256, *record.classes)
+    if type(record.count) is not int or type(raw["classes"]) is not list:  # True is an int too
+        raise TypeError
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError
     return record

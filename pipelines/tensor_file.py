@@ -2,6 +2,7 @@
 
 import json
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pipelines.manifest import check_tables
 from ressl.batch import DataError
 
 FORMAT = "ressl-tensor-1"
@@ -39,8 +41,9 @@ class TensorFile:
     classes: tuple[str, ...]  # label i is classes[i]
 
 
-def read_tensor_file(path: Path) -> TensorFile:
-    """Reads and checks all but the pixels themselves. Raises DataError for anything that is not such a file, whole."""
+def read_tensor_file(path: Path, *, sealed: bool = False) -> TensorFile:
+    """Reads and checks all but the pixels themselves. `sealed`: where an index lies beside the file, its checksum of
+    the tables counts too (see `open_beton`). Raises DataError for anything that is not such a file, whole."""
     path = Path(path)
     try:
         status = path.stat()
@@ -62,13 +65,26 @@ def read_tensor_file(path: Path) -> TensorFile:
     problem = _find_shape_problem(tensors) or _find_problem(result)
     if problem:
         raise DataError(f"{path}: damaged: {problem}; convert or copy it again")
+    if sealed:
+        check_tables(path, _tables(result))
     return result
+
+
+def _tables(file: TensorFile) -> Iterator[bytes]:
+    """What comes before the pixels, and what behind them, in a file that `convert` wrote: there they come first."""
+    last = int((file.offset + 3 * file.size.long().prod(1)).max())
+    with file.path.open("rb") as opened:
+        first = 8 + int.from_bytes(opened.read(8), "little") + int(file.offset.min())
+        opened.seek(0)
+        yield opened.read(first)
+        opened.seek(first - int(file.offset.min()) + last)
+        yield opened.read()
 
 
 def _classes(path: Path, metadata: dict[str, str]) -> tuple[str, ...]:
     try:
         classes = json.loads(metadata.get("classes", ""))
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # a ValueError also of a number with thousands of digits
         classes = None
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise DataError(f"{path}: damaged: its class names are not a list; convert or copy it again")

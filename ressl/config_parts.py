@@ -10,12 +10,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 def _expand(path: Path) -> Path:
     if "\0" in str(path):
         raise ValueError("a path without NUL bytes")
-    return Path(os.path.expandvars(path.expanduser()))
+    return Path(os.path.expandvars(os.path.expanduser(path)))  # noqa: PTH111 - which takes an unknown ~name as it is
 
 
 UserPath = Annotated[Path, AfterValidator(_expand)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1, le=2**24)]
 Range = tuple[float, float]
 Workers = Annotated[int, Field(ge=0)]

@@ -113,7 +113,9 @@ def _in_readme(text: bytes, config: str) -> Features:
     """README.md begins with YAML between two lines of three dashes."""
     found: Features = {}
     try:
-        front = yaml.safe_load(text.split(b"\n---", 1)[0]) if text.startswith(b"---") else None
+        head = text.split(b"\n---", 1)[0] if text.startswith(b"---") else b""
+        # aliases of aliases can make a small text grow beyond any memory
+        front = None if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(head)) else yaml.safe_load(head)
         infos = front.get("dataset_info") if isinstance(front, dict) else None
         infos = infos if isinstance(infos, list) else [infos]
         wanted = [info for info in infos if len(infos) == 1 or info["config_name"] == (config or "default")]
@@ -125,7 +127,7 @@ def _in_readme(text: bytes, config: str) -> Features:
                     found[name] = tuple(str(names[number]) for number in sorted(names, key=int))
                 case {"name": str(name), "dtype": {"class_label": {"names": [*listed]}}}:
                     found[name] = tuple(map(str, listed))
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError, RecursionError):
+    except (yaml.YAMLError, AttributeError, LookupError, TypeError, ValueError, RecursionError):
         return {}
     return found
 

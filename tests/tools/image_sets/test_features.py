@@ -97,6 +97,10 @@ def test_the_schema_counts_before_the_file_and_the_file_before_the_readme(tmp_pa
 def test_notes_that_cannot_be_read_say_nothing(tmp_path):
     texts = ["---\n: [\n---", "---\ndataset_info: 3\n---", "---\ndataset_info: [1, 2]\n---", "\0", "---", "[]", "{"]
     texts += ["---\ndataset_info: {features: [{name: label, dtype: {class_label: {names: {x: y}}}}]}\n---", "[" * 9999]
+    names = "&a [" + ", ".join("lol" for _ in range(40)) + "]"  # aliases of aliases: 40 ** 5 names in 500 bytes
+    for name, before in zip("bcde", "abcd", strict=True):
+        names += f", &{name} [" + ", ".join(f"*{before}" for _ in range(40)) + "]"
+    texts += [f"---\ndataset_info: {{features: [{{name: label, dtype: {{class_label: {{names: [{names}]}}}}}}]}}\n---"]
     for text in texts:
         (tmp_path / "README.md").write_text(text)
         (tmp_path / "dataset_info.json").write_text(text)
