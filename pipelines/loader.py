@@ -1,27 +1,30 @@
 """Sampler, source, prefetch and views, joined into the streams that `ressl.batch` promises."""
 
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from hashlib import blake2b
 from subprocess import CalledProcessError
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pipelines.draws import ViewParams, centre_view, draw_view
 from pipelines.frames import Frames, Source
 from pipelines.prefetch import prefetch
-from pipelines.sampler import Sampler, shard
+from pipelines.sampler import Sampler, mix64, shard
 from pipelines.views import cut_view
-from ressl.batch import Batch, Crops, DataError, Split
+from ressl.batch import Batch, Crops, DataError, Digest, Split
 from ressl.config import DataConfig, EvaluateConfig, ViewConfig, ViewsConfig
 
 Impl = Literal["auto", "torch", "triton"]
 PROBE = 1 << 20  # numbers the views of linear probes, far from those of any training view
+LAST = 2**63 - 1  # the largest number that int64 holds
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: `fingerprint` is kept
 class ViewStream:
     """The training stream of one rank (`ressl.batch.ViewLoader`)."""
 
@@ -36,9 +39,27 @@ class ViewStream:
     def steps_per_epoch(self) -> int:
         return self.sampler.steps_per_epoch
 
+    @cached_property
+    def fingerprint(self) -> int:
+        return hashed(self.source.index, self.source.labels, *self.source.classes)
+
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         for frames in self.frames(epoch, start_step):
             yield self.cut(frames, epoch)
+
+    def digest(self, epoch: int, start_step: int = 0) -> Digest:
+        """Of the order for any number of ranks, so `common` and `whole` do not depend on it."""
+        sampler = self.sampler
+        steps = replace(sampler, rank=0, world_size=1).epoch(epoch, start_step)
+        order = np.concatenate([np.empty(0, np.int64), *steps])  # of all ranks: that of a single one
+        settings = (sampler.seed, epoch, start_step, sampler.num_images, sampler.batch_size, sampler.accumulate)
+        images = mix64(self.source.index[order].astype(np.uint64))
+        shares = images.reshape(-1, sampler.world_size, sampler.batch_size // sampler.world_size)
+        return Digest(
+            common=hashed(self.fingerprint, *settings, sampler.steps_per_epoch, order),
+            own=int(shares[:, sampler.rank].sum()) & LAST,  # uint64 sums are modulo 2**64
+            whole=int(images.sum()) & LAST,
+        )
 
     def warm_up(self) -> None:
         """Cuts the views of the first epoch once, from two black images: what is compiled for them is compiled then.
@@ -161,3 +182,13 @@ def cut(
 
 def fused(impl: Impl, device: torch.device) -> bool:
     return impl == "triton" or (impl == "auto" and device.type == "cuda")
+
+
+def hashed(*parts: np.ndarray | str | int) -> int:
+    """A number from 0 to 2**63 - 1 that tells integer arrays, words and numbers apart, the same on every machine."""
+    digest = blake2b(digest_size=8)
+    for part in parts:
+        data = np.ascontiguousarray(part, "<i8").data if isinstance(part, np.ndarray) else repr(part).encode()
+        digest.update(f"{len(data)} ".encode())
+        digest.update(data)
+    return int.from_bytes(digest.digest(), "little") & LAST

@@ -96,7 +96,8 @@ class Sampler:
 def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
     """(count,) int64, all of 0 .. count - 1. Sorted by a hash of our own, so that no library's update can change it."""
     key = mix64(mix64(np.array([seed], np.uint64)) + np.uint64(epoch))
-    return np.argsort(mix64(mix64(np.arange(count, dtype=np.uint64)) ^ key), kind="stable")
+    # all keys differ, as the hash is one to one: no sort could order them otherwise
+    return np.argsort(mix64(mix64(np.arange(count, dtype=np.uint64)) ^ key))
 
 
 def blocked_permutation(count: int, seed: int, epoch: int, *, block: int, window: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 import io
 import threading
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from PIL import Image
 from rich.console import Console
 
 from pipelines import build_source
-from pipelines.draws import draw_view
 from pipelines.loader import Prober, ViewStream
 from pipelines.sampler import Sampler, permutation
 from ressl.batch import DataError
@@ -22,7 +22,7 @@ from ressl.config import FolderSource as FolderConfig
 from tools.convert import convert
 
 CPU = torch.device("cpu")
-COUNT, GLOBAL_BATCH, SEED = 27, 6, 11  # 4 steps, 3 images left out of each epoch
+COUNT, GLOBAL_BATCH, SEED = 39, 9, 11  # 4 steps, 3 images left out of each epoch
 LOSSLESS = {
     "resident": {"name": "resident", "train": "tensor/train.safetensors"},
     "resident on the host": {"name": "resident", "train": "tensor/train.safetensors", "memory": "host"},
@@ -45,7 +45,7 @@ VIEWS = ViewsConfig(
     ),
 )
 SHAPES = [(20 + 3 * (i % 5), 44 - 4 * (i % 7)) for i in range(COUNT)]
-LABELS = [i // 9 for i in range(COUNT)]
+LABELS = [i // 13 for i in range(COUNT)]
 OTHER_BATCH = 1e-5  # the same products, summed in another order by a matrix product of another size
 
 
@@ -133,6 +133,10 @@ def views(batch) -> tuple[torch.Tensor, ...]:
     return (*batch.weak, *batch.strong)
 
 
+def numbers(params) -> list[torch.Tensor]:
+    return [getattr(view, field) for view in params for field in view.__slots__]
+
+
 def same(a, b) -> bool:
     return all(
         torch.equal(x, y) for x, y in zip((*views(a), a.index, a.label), (*views(b), b.index, b.label), strict=True)
@@ -158,14 +162,14 @@ def test_batches_have_the_shapes_types_and_layout_of_the_contract(source, dtype)
     batches = list(stream(source, dtype=dtype).epoch(0))
     assert len(batches) == stream(source).steps_per_epoch == 4
     for batch in batches:
-        assert [tuple(view.shape) for view in batch.weak] == [(6, 3, 16, 16)]
-        assert [tuple(view.shape) for view in batch.strong] == [(6, 3, 16, 16), (6, 3, 8, 8)]
+        assert [tuple(view.shape) for view in batch.weak] == [(9, 3, 16, 16)]
+        assert [tuple(view.shape) for view in batch.strong] == [(9, 3, 16, 16), (9, 3, 8, 8)]
         for view in views(batch):
             assert view.dtype == dtype
             assert view.is_contiguous(memory_format=torch.channels_last)
             assert view.isfinite().all()
         assert batch.index.dtype == batch.label.dtype == torch.int64
-        assert batch.index.shape == batch.label.shape == (6,)
+        assert batch.index.shape == batch.label.shape == (9,)
         assert batch.labelled is None
 
 
@@ -224,9 +228,23 @@ def test_ranks_and_micro_batches_are_disjoint_and_share_out_the_steps_of_one_ran
 def test_views_depend_neither_on_the_rank_nor_on_the_batch(source):
     one = by_index(stream(source).epoch(1))
     ranks = by_index(b for rank in range(3) for b in stream(source, rank=rank, world_size=3).epoch(1))
-    single = by_index(stream(source, batch_size=24, accumulate=24).epoch(1))
+    single = by_index(stream(source, batch_size=36, accumulate=36).epoch(1))
     assert_views_close(one, ranks, OTHER_BATCH)
     assert_views_close(one, single, OTHER_BATCH)
+
+
+def test_an_epoch_of_4_then_2_then_3_ranks_has_the_images_and_views_of_one_rank(source):
+    """A run that is stopped after each step, and goes on with another number of ranks."""
+    alone = stream(source, batch_size=12)
+    for step, (frames, world_size) in enumerate(zip(alone.frames(1), (4, 2, 3), strict=True)):
+        parts = []
+        for rank in range(world_size):
+            own = stream(source, rank=rank, world_size=world_size, batch_size=12)
+            with closing(own.frames(1, start_step=step)) as rest:
+                part = next(rest)
+                parts.append((part.index, part.label, *numbers(own.params(part, 1))))
+        whole = (frames.index, frames.label, *numbers(alone.params(frames, 1)))
+        assert all(torch.equal(torch.cat(together), one) for *together, one in zip(*parts, whole, strict=True))
 
 
 @pytest.mark.parametrize("name", LOSSLESS)
@@ -234,9 +252,8 @@ def test_lossless_sources_give_the_same_views(sources, name):
     reference, other = stream(sources("resident")), stream(sources(name))
     for a, b in zip(reference.frames(1), other.frames(1), strict=True):
         assert torch.equal(a.index, b.index)
-        for number, cfg in enumerate((VIEWS.weak, *VIEWS.strong)):
-            ours, theirs = (draw_view(cfg, f.original, f.index, seed=SEED, epoch=1, view=number) for f in (a, b))
-            assert all(torch.equal(getattr(ours, field), getattr(theirs, field)) for field in ours.__slots__)
+        ours, theirs = numbers(reference.params(a, 1)), numbers(other.params(b, 1))
+        assert all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True))
         assert same(reference.cut(a, 1), other.cut(b, 1))
 
 
@@ -264,7 +281,7 @@ def test_an_epoch_can_be_left_early_and_the_next_one_started(source):
         next(epoch)
         epoch.close()
         assert set(threading.enumerate()) == before
-    assert indices(stream(source).epoch(1)) == permutation(COUNT, SEED, 1)[:24].tolist()
+    assert indices(stream(source).epoch(1)) == permutation(COUNT, SEED, 1)[:36].tolist()
 
 
 def test_an_error_in_the_training_loop_leaves_no_thread(source):
@@ -328,7 +345,7 @@ def test_a_probe_gives_every_image_once_in_order_with_its_label(source, world_si
             sizes.append(len(numbers))
     assert index == list(range(COUNT))
     assert label == source.labels.tolist()
-    assert sizes == ([4] * 6 + [3] if world_size == 1 else [4, 4, 1] * 3)
+    assert sizes == ([4] * 9 + [3] if world_size == 1 else [4, 4, 4, 1] * 3)
 
 
 def test_centre_crops_are_the_same_each_time_and_random_ones_by_epoch(source):

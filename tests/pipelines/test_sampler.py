@@ -1,9 +1,13 @@
 """Who gets which image: permutations, ranks, steps, resumption."""
 
 import itertools
+import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipelines.sampler import Blocks, Sampler, Shards, blocked_permutation, mix64, permutation, shard
 from ressl.batch import DataError
@@ -220,3 +224,42 @@ def test_every_step_takes_as_many_images_of_each_shard():
 def test_shards_that_do_not_go_up_in_ranks_and_batch_are_refused(count, world_size):
     with pytest.raises(DataError, match=rf"data\.source\.shards={count} must be a multiple of the {world_size} proc"):
         Sampler(100, 16 if world_size != 3 else 48, 0, 0, world_size, order=Shards(count))
+
+
+# --- whatever the numbers --------------------------------------------------------------------------------------------
+
+
+@st.composite
+def epochs(draw) -> tuple[Sampler, int, int, int, int]:
+    """The sampler of a single rank, an epoch, a number of ranks, a step they stop at, and how many ranks go on."""
+    before, after, accumulate = draw(st.integers(1, 8)), draw(st.integers(1, 8)), draw(st.integers(1, 3))
+    parts = math.lcm(before, after)
+    batch = parts * accumulate * draw(st.integers(1, max(1, 60 // parts // accumulate)))
+    shards = [Shards(count) for count in range(parts, batch + 1, parts) if batch % count == 0]
+    blocks = st.builds(Blocks, block=st.integers(1, 40), window=st.integers(1, 10))
+    one = Sampler(
+        num_images=batch * draw(st.integers(2, 5)) + draw(st.integers(0, batch - 1)),
+        batch_size=batch,
+        seed=draw(st.integers(0, 2**31 - 1)),
+        accumulate=accumulate,
+        order=draw(st.one_of(st.none(), blocks, st.sampled_from(shards))),
+    )
+    return one, draw(st.integers(0, 10_000)), before, draw(st.integers(0, one.steps_per_epoch)), after
+
+
+@given(case=epochs())
+@settings(max_examples=200, derandomize=True, deadline=None, database=None)
+def test_any_ranks_share_out_one_order_and_go_on_where_any_others_stopped(case):
+    one, epoch, before, stop, after = case
+    order = steps(one, epoch)
+    seen = sum(order, [])
+    assert len(seen) == len(set(seen)) == one.num_images - one.num_images % one.batch_size  # the rest is declared
+    assert set(seen) <= set(range(one.num_images))
+
+    def of_ranks(world_size: int, start: int) -> list[list[int]]:
+        ranks = [steps(replace(one, rank=rank, world_size=world_size), epoch, start) for rank in range(world_size)]
+        return [sum(parts, []) for parts in zip(*ranks, strict=True)]
+
+    first = of_ranks(before, 0)
+    assert first == order
+    assert first[:stop] + of_ranks(after, stop) == order
