@@ -77,7 +77,8 @@ def _split(rendezvous: str) -> tuple[str, int]:
 
 
 def say(text: str) -> None:
-    print(f"ressl: {text}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # the terminal may be gone
+        print(f"ressl: {text}", file=sys.stderr, flush=True)
 
 
 # --- a connection ----------------------------------------------------------------------------------------------------
@@ -146,15 +147,16 @@ class Peer:
 # --- coming together -------------------------------------------------------------------------------------------------
 
 
-def gather(place: Place, count: int, settings: str, wait_s: float) -> tuple[list[Peer], int]:
+def gather(place: Place, count: int, settings: str, wait_s: float, restarts: int = 0) -> tuple[list[Peer], int]:
     """Waits until all nodes have come, and returns the connections to them (to node 0 alone on the others), and a free
     port of node 0 for the ranks to meet at.
 
-    Nodes must agree on `count`, the processes of each, and on `settings`, any text; one that does not is refused with a
-    ConfigError there, and may come again. Raises MachineError if some have not come within `wait_s` seconds.
+    Nodes must agree on `count`, the processes of each, on `restarts`, the most there may be, and on `settings`, any
+    text; one that does not is refused with a ConfigError there, and may come again. Raises MachineError if some have
+    not come within `wait_s` seconds.
     """
     digest = hashlib.sha256(settings.encode()).hexdigest()
-    greeting = {"nodes": place.nodes, "node": place.node, "count": count, "settings": digest}
+    greeting = {"nodes": place.nodes, "node": place.node, "count": count, "restarts": restarts, "settings": digest}
     deadline = time.monotonic() + wait_s
     if place.node:
         peer, port = _join(place, {"ressl": greeting, "name": socket.gethostname()}, deadline, wait_s)
@@ -164,6 +166,23 @@ def gather(place: Place, count: int, settings: str, wait_s: float) -> tuple[list
     for peer in peers:
         peer.send({"start": port})
     return peers, port
+
+
+def reach(place: Place, port: int, wait_s: float) -> None:
+    """Waits until node 0 answers at `port`, where the processes will meet; for `wait_s` seconds, then it raises
+    MachineError."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            socket.create_connection((place.host, port), timeout=max(0.1, deadline - time.monotonic())).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise MachineError(
+                    f"node {place.node}: the nodes met, but not at node 0's port {port}, where the processes meet: "
+                    f"{error.strerror or error}; a firewall must let the nodes reach all ports of each other"
+                ) from None
+            time.sleep(0.1)
 
 
 def _listen(place: Place) -> socket.socket:
@@ -256,7 +275,10 @@ def _admit(connection: socket.socket, place: Place, greeting: Message, came: dic
     differing = [key for key in greeting if key != "node" and theirs.get(key) != greeting[key]]
     refusal = ""
     if differing:
-        words = {"nodes": "--nodes", "count": "--gpus or --processes", "settings": "config or its overrides"}
+        words = {
+            "nodes": "--nodes", "count": "--gpus or --processes", "restarts": "--max-restarts",
+            "settings": "config or its overrides",
+        }  # fmt: skip
         refusal = f"its {' and '.join(words[key] for key in differing)} differ from node 0's"
     elif peer.node in came or not 0 < peer.node < place.nodes:
         refusal = f"there is a node {peer.node} already: give each its own --node-rank"

@@ -13,7 +13,7 @@ import pytest
 
 from ressl.config_file import ConfigError
 from ressl.runtime import MachineError
-from tools.nodes import Peer, Place, check_nodes, gather, place_of
+from tools.nodes import Peer, Place, check_nodes, gather, place_of, reach
 
 Gathered = tuple[list[Peer], int]
 
@@ -30,8 +30,11 @@ def start(port: int) -> Iterator[Callable[..., Future[Gathered]]]:
     opened: list[Future[Gathered]] = []
     with ThreadPoolExecutor() as threads:
 
-        def begin(node: int, nodes: int = 2, *, count: int = 1, settings: str = "a", wait_s: float = 20) -> Future:
-            opened.append(threads.submit(gather, Place(nodes, node, "localhost", port), count, settings, wait_s))
+        def begin(
+            node: int, nodes: int = 2, *, count: int = 1, settings: str = "a", wait_s: float = 20, restarts: int = 0
+        ) -> Future:
+            place = Place(nodes, node, "localhost", port)
+            opened.append(threads.submit(gather, place, count, settings, wait_s, restarts))
             return opened[-1]
 
         yield begin
@@ -115,6 +118,7 @@ def test_node_0_that_does_not_come_is_told(start: Callable, port: int, capfd: py
     ("changed", "words"),
     [
         ({"count": 2}, "its --gpus or --processes differ"),
+        ({"restarts": 3}, "its --max-restarts differ"),
         ({"settings": "b"}, "its config or its overrides differ"),
         ({"nodes": 3, "count": 2}, "its --nodes and --gpus or --processes differ"),
     ],
@@ -145,7 +149,7 @@ def test_strangers_and_a_node_that_leaves_again_do_no_harm(
     zero = start(0, 3)
     for words in (b"", b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b'{"ressl": 1}\n', b'{"ressl": {"node": "1"}}\n'):
         greet(port, words).close()
-    greeting = {"nodes": 3, "node": 1, "count": 1, "settings": hashlib.sha256(b"a").hexdigest()}
+    greeting = {"nodes": 3, "node": 1, "count": 1, "restarts": 0, "settings": hashlib.sha256(b"a").hexdigest()}
     with greet(port, json.dumps({"ressl": greeting, "name": "fleeting"}).encode() + b"\n") as connection:
         assert b"welcome" in connection.recv(1024)
     err = ""
@@ -173,6 +177,20 @@ def test_node_0_on_another_machine_than_the_address_is_told() -> None:
 def test_a_name_that_does_not_exist_is_told_at_once(node: int) -> None:
     with pytest.raises(ConfigError, match=r"--rendezvous no\.such\.name\.invalid:29400: no\.such"):
         gather(Place(2, node, "no.such.name.invalid", 29400), 1, "", 60)
+
+
+def test_where_the_processes_meet_is_waited_for_and_told_if_it_cannot_be_reached(port: int) -> None:
+    place = Place(2, 1, "localhost", 29400)
+    with pytest.raises(
+        MachineError, match=rf"nodes met, but not at node 0's port {port}, where .*: Connection refused"
+    ):
+        reach(place, port, 0.2)
+    with ThreadPoolExecutor() as threads:
+        reached = threads.submit(reach, place, port, 20)
+        time.sleep(0.2)
+        assert not reached.done()
+        with socket.create_server(("localhost", port)):
+            reached.result()
 
 
 def test_something_else_that_answers_is_told(start: Callable, port: int) -> None:

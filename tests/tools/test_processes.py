@@ -1,4 +1,5 @@
-"""Several launchers start one run, its ranks in the order of the nodes, and end together whatever ends one of them."""
+"""A launcher starts the ranks of a run and ends them when one fails. Several start one run, its ranks in the order of
+the nodes, and end together whatever ends one of them. How they are stopped: test_stopping.py."""
 
 import json
 import os
@@ -13,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-# Forks a launcher for each [node, port, count, command, log] that it reads and prints its process id; for a [pid] it
-# prints how that launcher has ended. So torch is imported once for all of them.
+# Forks a launcher for each [node, port, count, command, log] that it reads, of two nodes, or alone where the port is 0,
+# and prints its process id; for a [pid] it prints how that launcher has ended. So torch is imported once for all.
 DRIVER = """
 import json, os, sys
 from tools.processes import ProcessesFailed, run_processes
@@ -30,10 +31,9 @@ for line in sys.stdin:
         for stream in (1, 2):
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
         code = 0
+        nodes = {"nodes": 2, "node_rank": node, "rendezvous": f"localhost:{port}"} if port else {}
         try:
-            run_processes(
-                command, count, nodes=2, node_rank=node, rendezvous=f"localhost:{port}", wait_s=20, silence_s=3
-            )
+            run_processes(command, count, wait_s=20, silence_s=3, **nodes)
         except ProcessesFailed as failed:
             code = failed.exit_code
         os._exit(code)
@@ -51,6 +51,32 @@ path = Path(directory, f"rank{me['RANK']}")
 path.with_suffix(".new").write_text(json.dumps(me))
 path.with_suffix(".new").rename(path)
 time.sleep(float(seconds))
+"""
+
+# When all are there, rank 0 fails, or rank 1, or both. They and rank 2 would wait on for ever.
+FAILING = """
+import json, os, signal, sys, time
+from pathlib import Path
+
+directory, how, _ = sys.argv[1:]
+rank, marks = os.environ["RANK"], Path(os.environ["RESSL_FAILURES"])
+if rank != "0":
+    signal.signal(signal.SIGTERM, lambda number, frame: None)  # as a rank of a training run, which finishes its step
+path = Path(directory, f"rank{rank}")
+path.with_suffix(".new").write_text(json.dumps({"pid": os.getpid()}))
+path.with_suffix(".new").rename(path)
+while not all(Path(directory, name).exists() for name in ("rank0", "rank1", "rank2", "go")):
+    time.sleep(0.01)
+if rank == "0" and how == "SIGKILL":
+    os.kill(os.getpid(), signal.SIGKILL)
+if rank == "1" and how in ("second", "waits"):
+    (marks / "first").write_text("5")  # it has failed, and said so, but does not end
+while rank == "0" and how == "second" and not (marks / "first").exists():
+    time.sleep(0.01)
+if rank == "0" and how != "waits":
+    sys.exit(3)
+while True:
+    time.sleep(1)
 """
 
 # A rank of a training run: all meet, then rank 1 fails while the other waits for it.
@@ -90,30 +116,33 @@ class Launchers:
         print(json.dumps(words), file=self.driver.stdin, flush=True)
         return int(self.driver.stdout.readline())
 
-    def start(self, node: int, program: str, *, count: int = 1, seconds: float = 60) -> int:
-        """The launcher's process id."""
+    def start(self, node: int | str, program: str, *, count: int = 1, seconds: float = 60) -> int:
+        """The launcher's process id. What is no number is for the ranks of a launcher that is alone, as node 0."""
         script = self.directory / "rank.py"
         script.write_text(program)
         command = [str(script), str(self.directory), str(node), str(seconds)]
-        return self.ask(node, self.port, count, command, str(self.directory / f"node{node}.log"))
+        port, number = (self.port, node) if isinstance(node, int) else (0, 0)
+        return self.ask(number, port, count, command, str(self.directory / f"node{number}.log"))
 
     def await_ranks(self, count: int) -> list[dict]:
         paths = [self.directory / f"rank{rank}" for rank in range(count)]
         deadline = time.monotonic() + 20
         while not all(path.exists() for path in paths):
-            assert time.monotonic() < deadline, self.errors(0) + self.errors(1)
+            assert time.monotonic() < deadline, [self.errors(node) for node in (0, 1)]
             time.sleep(0.02)
         self.ranks = [json.loads(path.read_text()) for path in paths]
         return self.ranks
 
     def errors(self, node: int) -> list[str]:
-        lines = (self.directory / f"node{node}.log").read_text().splitlines()
+        path = self.directory / f"node{node}.log"
+        lines = path.read_text().splitlines() if path.exists() else []
         return [line for line in lines if " waits " not in line]
 
 
 @pytest.fixture(scope="module")
-def driver(repo: Path) -> Iterator[subprocess.Popen[str]]:
-    environment = os.environ | {"PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"}
+def driver(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
+    left = tmp_path_factory.mktemp("left")  # here by launchers that are killed
+    environment = os.environ | {"PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1", "TMPDIR": str(left)}
     with subprocess.Popen(
         [sys.executable, "-c", DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
@@ -127,6 +156,37 @@ def launchers(driver: subprocess.Popen[str], tmp_path: Path) -> Iterator[Launche
     for rank in launchers.ranks:
         with suppress(ProcessLookupError):
             os.kill(rank["pid"], signal.SIGKILL)
+
+
+# --- one node --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "words"),
+    [
+        ("exits", 3, []),
+        ("second", 5, []),
+        ("waits", 5, []),
+        ("SIGKILL", 4, ["ressl: error: a process was killed by SIGKILL (out of memory?)"]),
+    ],
+)
+def test_when_a_rank_fails_the_others_are_gone_soon_even_one_that_is_stopped(
+    launchers: Launchers, how: str, code: int, words: list[str]
+) -> None:
+    pid = launchers.start(how, FAILING, count=3)
+    ranks = launchers.await_ranks(3)
+    os.kill(ranks[2]["pid"], signal.SIGSTOP)
+    (launchers.directory / "go").touch()
+    began = time.monotonic()
+    assert launchers.ask(pid) == code
+    assert time.monotonic() - began < 20  # ranks 1 and 2, of which one does not end by itself and one cannot, get 5
+    assert launchers.errors(0) == words
+    for rank in ranks:
+        with pytest.raises(ProcessLookupError):
+            os.kill(rank["pid"], 0)
+
+
+# --- two nodes -------------------------------------------------------------------------------------------------------
 
 
 def test_ranks_are_numbered_by_node_whichever_comes_first(launchers: Launchers) -> None:
@@ -152,7 +212,7 @@ def test_ranks_of_two_nodes_meet_and_a_failure_is_told_once_on_each(launchers: L
 @pytest.mark.parametrize(
     ("sent", "code", "words"),
     [
-        (signal.SIGINT, 130, "was stopped, exit code 130"),
+        (signal.SIGINT, 75, "was stopped before the first step: nothing to save"),
         (signal.SIGKILL, 4, "was lost: its launcher was killed, or the network failed"),
         (signal.SIGSTOP, 4, "was lost: not heard of for 3 s"),
     ],
@@ -166,7 +226,8 @@ def test_a_launcher_that_ends_ends_the_other_with_one_message(
     other = 1 - node
     assert launchers.ask(pids[other]) == code
     assert time.monotonic() - began < 10  # of the 60 s that the ranks would stay
-    assert launchers.errors(other) == [f"ressl: error: node {node} ({socket.gethostname()}) {words}"]
+    error = "" if code == 75 else "error: "
+    assert launchers.errors(other) == [f"ressl: {error}node {node} ({socket.gethostname()}) {words}"]
     with pytest.raises(ProcessLookupError):
         os.kill(ranks[other]["pid"], 0)
     os.kill(pids[node], signal.SIGKILL)

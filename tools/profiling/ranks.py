@@ -18,6 +18,7 @@ from ressl.config_file import load_config, save_config
 from ressl.run_dir import config_path
 from ressl.runtime import preferred_device
 from tools.ending import exit_code
+from tools.node_watch import AT_ONCE, STOPPED
 from tools.processes import ProcessesFailed, end_with_launcher, run_processes
 from tools.profiling.measure import measure, steps_alone
 from tools.profiling.record import Measured, Point
@@ -31,7 +32,6 @@ from tools.profiling.ranks import main
 sys.exit(main(*sys.argv[1:]))"""
 """What a rank runs: a module by its name would be looked for where the user is. Ctrl-C, which the terminal sends to the
 launcher too, ends it without a word, also while it imports."""
-BY_A_SIGNAL = 128  # exit codes above
 THREADS = "OMP_NUM_THREADS"
 Kind = Literal["all", "steps"]
 
@@ -72,7 +72,7 @@ def measure_fewer(cfg: Config, count: int, *, of: int, until: float) -> Point | 
             with _cores_of(count, of):
                 _start(smaller, Path(directory), count, "steps", out, str(until))
         except ProcessesFailed as failed:
-            if failed.exit_code > BY_A_SIGNAL:  # Ctrl-C is meant for all
+            if failed.exit_code in (STOPPED, AT_ONCE):  # Ctrl-C is meant for all
                 raise
             return f"not measured on {count} processes: they failed there"
         return Point.model_validate_json(out.read_bytes())

@@ -1,0 +1,270 @@
+"""After a failure that a restart may mend all ranks start again, as often as allowed; after any other they do not."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+FROM_THERE = "starting again from the last checkpoint, restart"
+
+# Forks a launcher for each order that it reads and prints its process id; for {"pid": N} it prints how launcher N has
+# ended. So torch is imported once for all of them.
+DRIVER = """
+import json, os, resource, sys
+from tools.processes import ProcessesFailed, run_processes
+
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+for line in sys.stdin:
+    order = json.loads(line)
+    if "pid" in order:
+        print(os.waitstatus_to_exitcode(os.waitpid(order["pid"], 0)[1]), flush=True)
+    elif pid := os.fork():
+        print(pid, flush=True)
+    else:
+        for stream in (1, 2):
+            os.dup2(os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        code = 0
+        try:
+            run_processes(order["command"], wait_s=20, silence_s=5, **order["options"])
+        except ProcessesFailed as failed:
+            code = failed.exit_code
+        os._exit(code)
+"""
+
+# A rank that needs no torch. It tells who it is in each try, in a file. The last one does, in each try, what the next
+# word says: is killed by a signal, exits with a code (having `said` so, or asked to stop), or stays. The others stay
+# until they are ended, or the last one ends well.
+RANK = """
+import json, os, signal, sys, time
+from pathlib import Path
+
+directory, marks = Path(sys.argv[1]), Path(os.environ["RESSL_FAILURES"])
+rank, last = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]) - 1
+tries = len(list(directory.glob(f"rank{rank}.try*")))
+word = sys.argv[2:][tries]
+me = {"pid": os.getpid(), "marks": str(marks), "empty": not list(marks.iterdir()), "port": os.environ["MASTER_PORT"]}
+path = directory / f"rank{rank}.try{tries}"
+path.with_suffix(".new").write_text(json.dumps(me))
+path.with_suffix(".new").rename(path)
+while not all((directory / f"rank{other}.try{tries}").exists() for other in range(last + 1)):
+    time.sleep(0.01)
+if rank == last and word.startswith("SIG"):
+    os.kill(os.getpid(), signal.Signals[word])
+if rank == last and word.startswith("said"):
+    (marks / "first").write_text(word.removeprefix("said"))
+if rank == last and word == "stopped":
+    (marks / "stopped").touch()
+if rank == last and word.isdigit():
+    sys.exit(int(word))
+if rank == last and word.startswith("said"):
+    sys.exit(1)
+if rank == last and word in ("ends", "stopped"):
+    (directory / "over").touch()
+until = time.monotonic() + 60
+while not (directory / "over").exists() and time.monotonic() < until:
+    time.sleep(0.01)
+"""
+
+# Ranks of a training run, which meet by torch in each try. In the first, rank 1 is killed while rank 0 waits for it.
+TRAINING = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from ressl.config import RunConfig
+from ressl.runtime import Runtime
+from tools.processes import another_failed
+
+directory, _, word = Path(sys.argv[1]), *sys.argv[2:4]
+again = (directory / "again").exists()
+runtime = Runtime(RunConfig(out_dir=directory, device="cpu"))
+total = int(runtime.gather_rows(torch.tensor([runtime.rank + 1])).sum())
+if runtime.rank == 1:
+    print("met" if total == 3 else "alone", flush=True)
+if runtime.rank == 1 and not again:
+    (directory / "again").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+try:
+    runtime.wait_for_everyone()
+except RuntimeError:
+    sys.exit(1 if another_failed() else "a traceback")
+"""
+
+
+class Launchers:
+    def __init__(self, directory: Path, driver: subprocess.Popen[str]) -> None:
+        self.directory, self.driver, self.pids = directory, driver, list[int]()
+        with socket.create_server(("localhost", 0)) as probe:
+            self.port = probe.getsockname()[1]
+
+    def ask(self, **order: object) -> int:
+        assert self.driver.stdin and self.driver.stdout
+        print(json.dumps(order), file=self.driver.stdin, flush=True)
+        return int(self.driver.stdout.readline())
+
+    def start(self, words: str, *, restarts: int, node: int | None = None, program: str = RANK) -> int:
+        """The process id of a launcher of two ranks; with `node` of one, and another launcher has the other."""
+        script = self.directory / "rank.py"
+        script.write_text(program)
+        options: dict[str, object] = {"count": 2, "max_restarts": restarts}
+        if node is not None:
+            options |= {"count": 1, "nodes": 2, "node_rank": node, "rendezvous": f"localhost:{self.port}"}
+        command = [str(script), str(self.directory), *words.split()]
+        self.pids.append(self.ask(command=command, log=str(self.directory / f"node{node or 0}.log"), options=options))
+        return self.pids[-1]
+
+    def end(self, pid: int) -> int:
+        code = self.ask(pid=pid)
+        self.pids.remove(pid)
+        return code
+
+    def tries(self, rank: int) -> list[dict]:
+        return [json.loads(path.read_text()) for path in sorted(self.directory.glob(f"rank{rank}.try?"))]
+
+    def said(self, node: int = 0) -> list[str]:
+        lines = (self.directory / f"node{node}.log").read_text().splitlines()
+        return [line for line in lines if " waits " not in line]
+
+
+@pytest.fixture(scope="module")
+def driver(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
+    left = tmp_path_factory.mktemp("left")  # here by launchers that are killed
+    environment = os.environ | {"PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1", "TMPDIR": str(left)}
+    with subprocess.Popen(
+        [sys.executable, "-c", DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        yield process
+
+
+@pytest.fixture
+def launchers(driver: subprocess.Popen[str], tmp_path: Path) -> Iterator[Launchers]:
+    launchers = Launchers(tmp_path, driver)
+    yield launchers
+    for pid in [tried["pid"] for rank in (0, 1) for tried in launchers.tries(rank)]:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    for pid in launchers.pids:
+        os.kill(pid, signal.SIGKILL)
+        launchers.ask(pid=pid)
+
+
+# --- one node --------------------------------------------------------------------------------------------------------
+
+
+def test_what_may_be_mended_starts_again_each_time_told_in_one_line(launchers: Launchers) -> None:
+    assert launchers.end(launchers.start("SIGKILL 1 said4 6 ends", restarts=4)) == 0
+    assert launchers.said() == [
+        f"ressl: a process was killed by SIGKILL (out of memory?); {FROM_THERE} 1 of 4",
+        f"ressl: a process failed with exit code 1; {FROM_THERE} 2 of 4",
+        f"ressl: a process failed with exit code 4; {FROM_THERE} 3 of 4",
+        f"ressl: a process failed with exit code 6; {FROM_THERE} 4 of 4",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "last"),
+    [
+        ("SIGSEGV 1 SIGKILL", 4, ["ressl: error: a process was killed by SIGKILL (out of memory?)"]),
+        ("SIGKILL 1 6", 6, []),
+    ],
+)
+def test_when_the_restarts_are_used_up_the_last_failure_counts(
+    launchers: Launchers, words: str, code: int, last: list[str]
+) -> None:
+    assert launchers.end(launchers.start(words, restarts=2)) == code
+    assert launchers.said()[2:] == last
+    assert len(launchers.tries(0)) == len(launchers.tries(1)) == 3
+
+
+@pytest.mark.parametrize(
+    ("word", "code"),
+    [("2", 2), ("said3", 3), ("said5", 5), ("75", 75), ("130", 130), ("stopped", 75)],
+)
+def test_what_cannot_be_mended_does_not_start_again(launchers: Launchers, word: str, code: int) -> None:
+    assert launchers.end(launchers.start(f"{word} ends", restarts=3)) == code
+    assert launchers.said() == []
+    assert len(launchers.tries(0)) == len(launchers.tries(1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("SIGKILL", " (out of memory?)"),
+        ("SIGBUS", " (was a data file cut while it was read, or is /dev/shm full?)"),
+        ("SIGTERM", ""),
+        ("SIGRTMIN", ""),
+    ],
+)
+def test_nothing_starts_again_unless_asked_to_and_a_killer_is_named(launchers: Launchers, word: str, hint: str) -> None:
+    assert launchers.end(launchers.start(f"{word} ends", restarts=0)) == 4
+    assert launchers.said() == [f"ressl: error: a process was killed by {word}{hint}"]
+
+
+def test_each_try_has_marks_of_its_own_and_leaves_none_of_its_ranks(launchers: Launchers) -> None:
+    assert launchers.end(launchers.start("said4 said1 said3", restarts=5)) == 3  # not the 4 that was said first
+    for rank in (0, 1):
+        tries = launchers.tries(rank)
+        assert len({tried["marks"] for tried in tries}) == 3
+        assert all(tried["empty"] and not Path(tried["marks"]).exists() for tried in tries)
+        for tried in tries:
+            with pytest.raises(ProcessLookupError):
+                os.kill(tried["pid"], 0)
+
+
+def test_a_signal_between_two_tries_stops_the_run(launchers: Launchers) -> None:
+    pid = launchers.start("1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1", restarts=19)
+    while len(launchers.tries(0)) < 2:
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGUSR1)
+    assert launchers.end(pid) in (1, 75)  # as it comes while the ranks are there, or start
+    assert len(launchers.tries(0)) < 20
+
+
+def test_ranks_of_torch_meet_anew_and_the_one_that_lost_touch_says_nothing(launchers: Launchers) -> None:
+    assert launchers.end(launchers.start("- -", restarts=1, program=TRAINING)) == 0
+    line = f"ressl: a process was killed by SIGKILL (out of memory?); {FROM_THERE} 1 of 1"
+    assert launchers.said() == ["met", line, "met"]
+
+
+# --- two nodes -------------------------------------------------------------------------------------------------------
+
+
+def test_nodes_start_again_together(launchers: Launchers) -> None:
+    pids = [launchers.start("SIGKILL said1 ends", restarts=2, node=node) for node in (0, 1)]
+    assert [launchers.end(pid) for pid in pids] == [0, 0]
+    assert [len(launchers.tries(rank)) for rank in (0, 1)] == [3, 3]
+    assert launchers.said(1) == [
+        f"ressl: a process was killed by SIGKILL (out of memory?); {FROM_THERE} 1 of 2",
+        f"ressl: a process failed with exit code 1; {FROM_THERE} 2 of 2",
+    ]
+    there = f"node 1 ({socket.gethostname()}) failed, exit code"
+    assert launchers.said(0) == [f"ressl: {there} 4; {FROM_THERE} 1 of 2", f"ressl: {there} 1; {FROM_THERE} 2 of 2"]
+
+
+def test_nodes_end_together_when_it_cannot_be_mended(launchers: Launchers) -> None:
+    pids = [launchers.start("SIGKILL said3 ends", restarts=2, node=node) for node in (0, 1)]
+    assert [launchers.end(pid) for pid in pids] == [3, 3]
+    assert [len(launchers.tries(rank)) for rank in (0, 1)] == [2, 2]
+    assert launchers.said(0)[1:] == [f"ressl: error: node 1 ({socket.gethostname()}) failed, exit code 3"]
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_launcher_that_was_killed_may_be_started_again_and_joins_the_others(launchers: Launchers, lost: int) -> None:
+    pids = [launchers.start("stays ends", restarts=1, node=node) for node in (0, 1)]
+    while not all(launchers.tries(rank) for rank in (0, 1)):
+        time.sleep(0.01)
+    os.kill(pids[lost], signal.SIGKILL)
+    launchers.end(pids[lost])
+    pids[lost] = launchers.start("stays ends", restarts=1, node=lost)
+    assert [launchers.end(pid) for pid in pids] == [0, 0]
+    assert [len(launchers.tries(rank)) for rank in (0, 1)] == [2, 2]
+    assert launchers.said(lost) == []
+    there = f"ressl: node {lost} ({socket.gethostname()}) was lost: its launcher was killed, or the network failed"
+    assert launchers.said(1 - lost) == [f"{there}; {FROM_THERE} 1 of 1"]
