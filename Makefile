@@ -6,13 +6,14 @@ PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 # Processes that share the tests, each with one thread: a test seldom keeps two cores busy.
 WORKERS ?= 2
 
-.PHONY: help setup quickstart test check format gpu bench bench-step bench-loss bench-update bench-profile bench-loaders \
+.PHONY: help setup quickstart test soak check format gpu bench bench-step bench-loss bench-update bench-profile bench-loaders \
 	bench-convert
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   set up, then train and judge a small model on real images, on whatever this machine has"
 	@echo "make test         set up, then run all tests"
+	@echo "make soak         kill a run of two processes 1,000 times, or for two hours, and compare it with an undisturbed one"
 	@echo "make check        set up, then lint, formatting, types, architecture"
 	@echo "make format       set up, then rewrite the code in the house's format"
 	@echo "make gpu IMAGES=FOLDER   the tests that need a GPU, then the benchmarks, with PYTHON ($(PYTHON)) as it is"
@@ -33,6 +34,9 @@ quickstart: setup
 
 test: setup
 	@.venv/bin/python -m pytest -q -n $(WORKERS) --dist loadfile
+
+soak:
+	@PYTHONPATH=. $(PYTHON) tests/soak.py $(OPTIONS)
 
 check: setup
 	@.venv/bin/python -m ruff check --quiet .

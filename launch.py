@@ -22,8 +22,7 @@ if __name__ == "__main__" and sys.argv[1:] == ["doctor"]:  # it must work where 
 import json
 import shlex
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -35,34 +34,31 @@ from rich.console import Console
 from pipelines import build_loaders, check_data
 from pipelines.loader import ViewStream, fused
 from pipelines.placement import settle
-from ressl import checkpoint
 from ressl.batch import Loaders
-from ressl.batchnorm import average_statistics_, normalised_together
-from ressl.compiled import not_compiled
 from ressl.config import Config
 from ressl.config_file import ConfigError, load_config
-from ressl.evals.protocol import check_probes
 from ressl.evals.protocol import evaluate as evaluate_backbone
 from ressl.method import build_method
-from ressl.recorder import Recorder
-from ressl.run_dir import check_run_dir, checkpoint_path, config_path, keep_metrics_until, make_run_dir
+from ressl.pretrain import pretrain as train_run
+from ressl.recorder import BadImages
+from ressl.run_dir import check_run_dir, checkpoints_path, config_path
 from ressl.runtime import Runtime, launched, preferred_device
-from ressl.step import build_step
-from ressl.trainer import train
+from ressl.snapshot import restore_method_
 from tools.convert import convert as convert_data
 from tools.decoding import shown_decoding
 from tools.doctor import run_doctor
 from tools.encode import Check, Format, Mode
-from tools.ending import exit_code
-from tools.evaluation import record_evaluation
+from tools.ending import end_hanging, exit_code
+from tools.evaluation import Which, chosen_checkpoint, record_evaluation
 from tools.nodes import check_nodes
 from tools.plan import make_plan, on_processes, print_plan, remarks
 from tools.preview import draw_views
-from tools.processes import end_with_launcher, run_processes
+from tools.processes import another_failed, end_with_launcher, run_processes
 from tools.profiling.compare import compare as compare_profiles
 from tools.profiling.report import print_profile, write_profile
 from tools.profiling.run import profile as take_profile
 from tools.quickstart import quickstart as run_quickstart
+from tools.resuming import newest_manifest, processes_of
 from tools.terminal import plain_console, prepare_terminal
 from tools.verify import verify as verify_data
 
@@ -82,69 +78,33 @@ Overrides = Annotated[
 ]
 Gpus = Annotated[int, typer.Option(help="processes, one for each GPU of this machine", min=0)]
 Processes = Annotated[int, typer.Option(help="processes on the CPU, joined by gloo", min=0)]
+MaxRestarts = Annotated[int, typer.Option(help="times to start again after a process was lost or hung", min=0)]
+AllowChange = Annotated[
+    list[str] | None, typer.Option(metavar="KEY", help="go on although this key of the config has another value now")
+]
+RunDir = Annotated[Path, typer.Argument(help="directory of a run, as run.out_dir")]
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file such as those in configs/")]
 
 
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def run(cfg: Config, console: Console) -> float:
+def run(cfg: Config, console: Console, allowed: Sequence[str] = ()) -> float:
     """Trains one run in this process, which may be one of several, and returns its images per second."""
     runtime = Runtime(cfg.run)
     torch.manual_seed(cfg.run.seed)  # the same on every rank: it draws the initial weights and the initial queue
-    recorder: Recorder | None = None
-    early: list[str] = []  # what is said of bad images before there is a record to say it to
-    loaders = _open_loaders(
-        cfg, runtime, console, lambda message: recorder.bad_image(message) if recorder else early.append(message)
-    )
-    per_rank = cfg.optim.batch_size // runtime.world_size // cfg.optim.accumulate
-    normalised_together(cfg.encoder.batchnorm, per_rank, runtime.world_size)  # refuses a batch that cannot be split
-    if cfg.run.knn_every:
-        check_probes(loaders.probes, runtime.world_size)
-    take_step = build_step(cfg, runtime)
-    method, optimizer = take_step.method, take_step.optimizer
-
-    path, images = checkpoint_path(cfg.run.out_dir), loaders.probes.count("train")
-    lock = make_run_dir(cfg) if runtime.is_main else nullcontext()
-    runtime.wait_for_everyone()
-    start_step = checkpoint.restore(path, method=method, optimizer=optimizer, images=images) if path.exists() else 0
-    if runtime.is_main:
-        keep_metrics_until(cfg.run.out_dir, start_step)
-        for line in remarks(cfg, runtime.world_size) + ([f"going on after step {start_step:,}"] if start_step else []):
-            console.print(line, soft_wrap=True)
-    recorder = Recorder(
-        cfg.run.out_dir,
+    bad_images = BadImages(cfg.run.out_dir, console, runtime.rank)
+    return train_run(
+        cfg,
+        runtime,
+        _open_loaders(cfg, runtime, console, bad_images.report),
+        bad_images,
         console,
-        every=cfg.run.log_every,
-        images=cfg.optim.batch_size,
-        steps_per_epoch=loaders.train.steps_per_epoch,
-        epochs=cfg.optim.epochs,
-        start_step=start_step,
-        rank=runtime.rank,
-        mean=runtime.collectives.mean,
-        track=runtime.track if cfg.run.tensorboard else None,
+        remarks=remarks(cfg, runtime.world_size),
+        allowed=allowed,
+        end=end_hanging,
+        lost=partial(another_failed, wait=False),
     )
-    for message in early:
-        recorder.bad_image(message)
-
-    def on_epoch_end(epochs: int, step: int) -> None:
-        last = epochs == cfg.optim.epochs
-        average_statistics_(method, runtime.collectives)
-        if runtime.is_main and (last or epochs % cfg.run.checkpoint_every == 0):
-            checkpoint.save(path, step=step, images=images, method=method, optimizer=optimizer)
-        if cfg.run.knn_every and (last or epochs % cfg.run.knn_every == 0):
-            started = time.perf_counter()
-            backbone = method.student.get_submodule("backbone")
-            with not_compiled():
-                found = evaluate_backbone(
-                    backbone, loaders.probes, cfg.evaluate, linear=False, gather=runtime.gather_rows
-                )
-            recorder.evaluated(step, found, time.perf_counter() - started)
-        recorder.restart_clock()  # what was done here is not training
-
-    with lock, runtime.trackers(), recorder:
-        train(take_step, loaders.train, recorder, cfg.optim, start_step=start_step, on_epoch_end=on_epoch_end)
-    return recorder.images_per_s
 
 
 def _open_loaders(cfg: Config, runtime: Runtime, console: Console, report: Callable[[str], None]) -> Loaders:
@@ -167,7 +127,14 @@ def _open_loaders(cfg: Config, runtime: Runtime, console: Console, report: Calla
 
 
 def evaluate_run(
-    cfg: Config, console: Console, *, network: Literal["student", "teacher"], knn: bool, linear: bool, untrained: bool
+    cfg: Config,
+    console: Console,
+    *,
+    network: Literal["student", "teacher"],
+    knn: bool,
+    linear: bool,
+    untrained: bool,
+    which: Which = "last",
 ) -> dict[str, float]:
     """Evaluates the backbone of a run's checkpoint, or of the same seed before training. Always in float32."""
     runtime = Runtime(cfg.run)
@@ -181,7 +148,8 @@ def evaluate_run(
         )
     method = build_method(cfg.method, cfg.encoder, runtime.collectives).to(runtime.device)
     if not untrained:
-        checkpoint.restore(checkpoint_path(cfg.run.out_dir), method=method)
+        path, saved = chosen_checkpoint(cfg.run.out_dir, which, console)
+        restore_method_(method, saved, path)
     encoder = method.student if network == "student" else method.teacher
     with console.status("") as status:
         return evaluate_backbone(
@@ -327,6 +295,8 @@ def pretrain(
     nodes: Annotated[int, typer.Option(help="machines; the same command is typed on each", min=1)] = 1,
     node_rank: Annotated[int, typer.Option(help="which of them this is, from 0", min=0)] = 0,
     rendezvous: Annotated[str | None, typer.Option(help="HOST:PORT of machine 0, where they meet")] = None,
+    max_restarts: MaxRestarts = 0,
+    allow_change: AllowChange = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print what the run would be, and stop")] = False,
 ) -> None:
     """Trains an encoder. A directory that holds this run's checkpoint goes on after it.
@@ -334,13 +304,15 @@ def pretrain(
     Without --gpus and --processes it trains in this process, on a GPU if there is one. A batch is optim.batch_size
     images over all processes, and so are the images of each step, their order and their views; what batch norm
     normalises together depends on the number of processes unless encoder.batchnorm is sync (--dry-run shows it).
+
+    Ctrl-C, SIGTERM and SIGUSR1 finish the step, save, and end with exit code 75; the same command then goes on.
     """
     cfg = on_processes(load_config(config, overrides or []), gpus, processes)
     check_nodes(nodes, node_rank, rendezvous, gpus or processes)
-    ranks, console = gpus or processes or 1, plain_console()
+    ranks, console, allowed = gpus or processes or 1, plain_console(), allow_change or []
     world_size = nodes * ranks
     if not launched():
-        check_run_dir(cfg)
+        check_run_dir(cfg, allowed)
     if dry_run:
         images = check_data(cfg, preferred_device(cfg.run), world_size)
         print_plan(make_plan(cfg, images=images, world_size=world_size), cfg, console)
@@ -349,25 +321,52 @@ def pretrain(
         return
     if launched():
         end_with_launcher()
-        run(cfg, console)
+        run(cfg, console, allowed)
         return
-    if world_size > 1:
-        run_processes(sys.argv, ranks, nodes=nodes, node_rank=node_rank, rendezvous=rendezvous, settings=repr(cfg))
+    if world_size > 1 or max_restarts:
+        run_processes(
+            sys.argv, ranks, nodes=nodes, node_rank=node_rank, rendezvous=rendezvous, settings=repr(cfg),
+            max_restarts=max_restarts,
+        )  # fmt: skip
     else:
-        run(cfg, console)
+        run(cfg, console, allowed)
     if node_rank == 0:
-        console.print(f"wrote {checkpoint_path(cfg.run.out_dir)}; evaluate it with", soft_wrap=True)
+        console.print(f"wrote {checkpoints_path(cfg.run.out_dir)}; evaluate it with", soft_wrap=True)
         console.print(f"python launch.py evaluate {shlex.quote(str(cfg.run.out_dir))}", soft_wrap=True)
 
 
 @app.command()
+def resume(
+    run_dir: RunDir,
+    overrides: Overrides = None,
+    gpus: Gpus = 0,
+    processes: Processes = 0,
+    max_restarts: MaxRestarts = 0,
+    allow_change: AllowChange = None,
+) -> None:
+    """Goes on with a run from its last checkpoint, with as many processes as it had unless told otherwise.
+
+    The images, their order and their views stay the same with any number of processes.
+    """
+    if not config_path(run_dir).is_file():
+        raise ConfigError(f"{run_dir}: no run here (there is no config.yaml)")
+    given = [*(overrides or []), f"run.out_dir={json.dumps(str(run_dir))}"]
+    about = newest_manifest(run_dir)
+    if not (gpus or processes):
+        given.insert(0, f"run.device={about.device}")
+        gpus, processes = (0, 0) if launched() else processes_of(about, run_dir)
+    pretrain(config_path(run_dir), given, gpus, processes, max_restarts=max_restarts, allow_change=allow_change)
+
+
+@app.command()
 def evaluate(
-    run_dir: Annotated[Path, typer.Argument(help="directory of a run, as run.out_dir")],
+    run_dir: RunDir,
     overrides: Overrides = None,
     network: Annotated[Literal["student", "teacher"], typer.Option(help="whose backbone")] = "student",
     knn: Annotated[bool, typer.Option(help="k nearest neighbours")] = True,
     linear: Annotated[bool, typer.Option(help="a linear classifier on frozen features")] = True,
     untrained: Annotated[bool, typer.Option("--untrained", help="the same encoder before its first step")] = False,
+    which: Annotated[Which, typer.Option("--checkpoint", help="best: of those that run.knn_every asks for")] = "last",
 ) -> None:
     """Measures what a run's encoder has learned: kNN and linear top-1 accuracy, as the config's `evaluate` says."""
     if not config_path(run_dir).is_file():
@@ -379,7 +378,7 @@ def evaluate(
     forced = [f"run.out_dir={json.dumps(str(run_dir))}", "run.precision=fp32"]
     cfg = load_config(config_path(run_dir), [*(overrides or []), *forced])
     console, started = plain_console(), time.perf_counter()
-    found = evaluate_run(cfg, console, network=network, knn=knn, linear=linear, untrained=untrained)
+    found = evaluate_run(cfg, console, network=network, knn=knn, linear=linear, untrained=untrained, which=which)
     name = "untrained" if untrained else network
     record_evaluation(run_dir, name, found, cfg.evaluate, time.perf_counter() - started, console)
 

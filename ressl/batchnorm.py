@@ -102,6 +102,21 @@ def average_statistics_(module: nn.Module, collectives: Collectives) -> None:
                 statistic.copy_(collectives.mean(statistic))
 
 
+@torch.no_grad()
+def flat_statistics_(module: nn.Module) -> Tensor | None:
+    """Puts the running statistics of all layers, one after another, into one buffer, and makes views of it of them; so
+    they are kept and put back by one copy. The buffer, (values,); None where there are none."""
+    layers = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None]
+    found = [statistic for m in layers for statistic in (m.running_mean, m.running_var) if statistic is not None]
+    if not found:
+        return None
+    flat = torch.cat([statistic.flatten() for statistic in found])
+    views = iter(flat.split([statistic.numel() for statistic in found]))
+    for layer in layers:
+        layer.running_mean, layer.running_var = next(views), next(views)
+    return flat
+
+
 def set_batchnorm_(module: nn.Module, policy: BatchNorm, collectives: Collectives) -> None:
     """Puts the policy into every batch-norm layer of `module`, in place. Weights and names stay as they are."""
     layers = [m for m in module.modules() if type(m) is nn.BatchNorm2d]

@@ -1,27 +1,35 @@
-"""One file from which a run goes on after its last whole epoch. Ours, not accelerate's save_state.
+"""The checkpoints of a run: a directory for each, that is whole or not there, and read without executing anything.
 
-Written beside its name, flushed and renamed, so a killed run never leaves half a file under the name. A digest at its
-end shows any damage. Read with `weights_only`: nothing in the file is ever executed.
+    RUN/checkpoints/step-00000800/
+        model.safetensors   student, teacher and queue; running statistics are the mean over the ranks
+        training.pt         optimizer, loss scale and guard; of each rank its running statistics and random numbers
+        MANIFEST.json       what it is, and size and SHA-256 of the other two
+
+Written under another name, flushed, and renamed: a run that is killed leaves nothing half under the name. Only when a
+new one is whole are older ones removed. Ours, not accelerate's save_state, which removes the old one first.
 """
 
 import hashlib
 import io
+import json
 import os
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
+import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ressl.optim import load_optimizer_
-
-FORMAT = 1
-DIGEST_BYTES = hashlib.sha256().digest_size
+FORMAT = 2
+MODEL, TRAINING, MANIFEST = "model.safetensors", "training.pt", "MANIFEST.json"
+MAKING = ".part-"  # before the name of one that is being written or removed
+DIGITS = 2 * hashlib.sha256().digest_size
 
 
 class CheckpointError(ValueError):
@@ -29,96 +37,226 @@ class CheckpointError(ValueError):
 
 
 class SaveError(RuntimeError):
-    """A checkpoint could not be written. The message names the file and says why."""
+    """A checkpoint could not be written. The message names the place and says why."""
 
 
 class NonFiniteWeights(RuntimeError):
-    """Weights, queue or momentum hold NaN or infinity: they are not saved over a checkpoint that is good."""
+    """Weights, queue or momentum hold NaN or infinity: they are not saved."""
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a checkpoint is, without its tensors."""
+
+    step: int  # optimizer steps taken
+    images: int  # in the data set: the order of another number of images is another order
+    data: int  # hash of the labels and identities of those images
+    world_size: int  # ranks
+    local_ranks: int  # of them on each machine
+    device: str  # cpu or cuda
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    step: int  # optimizer steps taken
-    images: int  # in the data set: the order of another number of images is another order
-    method: Mapping[str, Any]
-    optimizer: Mapping[str, Any]
+    """On the host. `training` holds tensors, numbers and words in dicts and lists."""
+
+    about: Manifest
+    model: Mapping[str, Tensor]
+    training: Mapping[str, Any]
 
 
-def save(path: Path, *, step: int, images: int, method: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Raises SaveError where the disk refuses and NonFiniteWeights; a checkpoint that was there before stays whole."""
-    state: dict[str, Any] = {
-        "step": step,
-        "images": images,
-        "method": method.state_dict(),
-        "optimizer": optimizer.state_dict(),
-    }
-    momenta = [value for entry in state["optimizer"]["state"].values() for value in entry.values()]
-    values = [v for v in (*state["method"].values(), *momenta) if isinstance(v, Tensor) and v.is_floating_point()]
-    if not bool(torch.stack([v.isfinite().all() for v in values]).all()):
-        kept = f"{path} is the last good one" if path.exists() else "nothing was saved"
-        raise NonFiniteWeights(f"weights are NaN or infinite after step {step:,}: lower optim.lr; {kept}")
-    buffer = io.BytesIO()
-    torch.save({"format": FORMAT, **state}, buffer)
-    part = path.with_name(path.name + ".part")
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def write(directory: Path, saved: Checkpoint) -> Path:
+    """Makes `directory`/step-N, which replaces one of that name, and returns it.
+
+    Raises SaveError where the disk refuses and NonFiniteWeights; whatever was there before stays as it was.
+    """
+    _check_finite(saved, directory)
+    path, part = directory / name_of(saved.about.step), directory / (MAKING + name_of(saved.about.step))
+    training = io.BytesIO()
+    torch.save(dict(saved.training), training)
+    files = {MODEL: memoryview(safetensors.torch.save(dict(saved.model))), TRAINING: training.getbuffer()}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as f:
-            f.write(buffer.getbuffer())
-            f.write(hashlib.sha256(buffer.getbuffer()).digest())
-            f.flush()
-            os.fsync(f.fileno())
-        part.replace(path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        os.fsync(directory)
-        os.close(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        _clear(directory)
+        part.mkdir()
+        sums = {name: [len(content), _write(part / name, content)] for name, content in files.items()}
+        _write(part / MANIFEST, memoryview(_manifest(saved.about, sums)))
+        _flush(part)
+        _remove(path)  # a damaged one, or one of a step that is taken again
+        part.rename(path)
+        _flush(directory)
     except OSError as error:
-        free = shutil.disk_usage(next(p for p in path.absolute().parents if p.exists())).free / 2**20
-        size = buffer.tell() / 2**20
-        raise SaveError(f"{path}: needs {size:,.1f} MiB, {free:,.0f} MiB are free there: {error.strerror}") from None
-    finally:
+        needed = sum(len(content) for content in files.values()) / 2**20
         with suppress(OSError):
-            part.unlink()
+            shutil.rmtree(part, ignore_errors=True)
+        raise SaveError(f"{path}: needs {needed:,.1f} MiB, {_free(directory)}: {error.strerror}") from None
+    return path
 
 
-def load(path: Path) -> Checkpoint:
-    """On the CPU. Raises CheckpointError where the file is missing, damaged or of another format."""
+def prune(directory: Path, *, keep: int, best: int | None = None, damaged: Collection[Path] = ()) -> None:
+    """Removes all but the `keep` newest and that of step `best`; those in `damaged` are removed, and do not count."""
+    good = [path for path in found(directory) if path not in damaged]
+    spared = {*good[:keep], *(path for path in good if best is not None and path.name == name_of(best))}
+    for path in found(directory):
+        if path not in spared:
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Renamed first: what is half removed does not bear the name."""
+    if path.exists():
+        aside = path.with_name(MAKING + "old-" + path.name)
+        path.rename(aside)
+        shutil.rmtree(aside)
+
+
+def _clear(directory: Path) -> None:
+    """Removes what a killed run was writing or removing."""
+    for path in directory.glob(f"{MAKING}*"):
+        shutil.rmtree(path)
+
+
+def _write(path: Path, content: memoryview) -> str:
+    """Writes and flushes a new file, and returns its SHA-256."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no checkpoint here") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    content, digest = memoryview(data)[:-DIGEST_BYTES], data[-DIGEST_BYTES:]
-    if hashlib.sha256(content).digest() != digest:
-        raise CheckpointError(f"{path}: damaged or not a checkpoint: its digest does not match")
+        done = 0
+        while done < len(content):
+            done += os.write(file, content[done : done + (64 << 20)])
+        os.fsync(file)
+    finally:
+        os.close(file)
+    return hashlib.sha256(content).hexdigest()
+
+
+def _flush(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
     try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        if state["format"] != FORMAT:
-            raise CheckpointError(f"{path}: checkpoint format {state['format']}, this build reads {FORMAT}")
-        return Checkpoint(int(state["step"]), int(state["images"]), state["method"], state["optimizer"])
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, TypeError, LookupError) as error:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _free(directory: Path) -> str:
+    there = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+    return f"{shutil.disk_usage(there).free / 2**20:,.0f} MiB are free in {there}"
+
+
+def _manifest(about: Manifest, sums: Mapping[str, Any]) -> bytes:
+    """One line of JSON, and one with its SHA-256."""
+    fields = {name: getattr(about, name) for name in Manifest.__slots__}
+    line = json.dumps({"format": FORMAT, **fields, "files": sums}).encode()
+    return line + b"\n" + hashlib.sha256(line).hexdigest().encode() + b"\n"
+
+
+def _check_finite(saved: Checkpoint, directory: Path) -> None:
+    broken = [name for name, value in _floats("", [saved.model, saved.training]) if not bool(value.isfinite().all())]
+    if broken:
+        last = next(iter(found(directory)), None)
+        kept = f"{last} is the last good one" if last else "nothing was saved"
+        raise NonFiniteWeights(
+            f"{broken[0].strip('.')} is NaN or infinite after step {saved.about.step:,}: lower optim.lr; {kept}"
+        )
+
+
+def _floats(name: str, tree: object) -> list[tuple[str, Tensor]]:
+    match tree:
+        case Tensor() if tree.is_floating_point():
+            return [(name, tree)]
+        case Mapping():
+            return [pair for key, branch in tree.items() for pair in _floats(f"{name}.{key}", branch)]
+        case list() | tuple():
+            return [pair for branch in tree for pair in _floats(name, branch)]
+    return []
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def found(directory: Path) -> list[Path]:
+    """The checkpoints there, whole or damaged, the newest first."""
+    return sorted(directory.glob("step-" + 8 * "[0-9]"), reverse=True)
+
+
+def newest(
+    directory: Path, tell: Callable[[str], None] = lambda message: None
+) -> tuple[Path, Checkpoint, list[Path]] | None:
+    """The newest checkpoint that is whole, and the damaged ones that are newer, of each of which `tell` is told. None
+    where there is none at all. Raises CheckpointError where there are some and all are damaged."""
+    damaged: list[Path] = []
+    reasons: list[str] = []
+    for path in found(directory):
+        try:
+            return path, read(path), damaged
+        except CheckpointError as error:
+            damaged.append(path)
+            reasons.append(str(error))
+            tell(f"{error}: going back to the one before")
+    if not reasons:
+        return None
+    raise CheckpointError("\n".join([f"{directory}: none of {len(reasons)} checkpoints can be used", *reasons]))
+
+
+def about(path: Path) -> Manifest:
+    """What the checkpoint `path` says of itself. Raises CheckpointError."""
+    return _read_manifest(path)[0]
+
+
+def read(path: Path) -> Checkpoint:
+    """Raises CheckpointError where a file is missing, damaged or of another format."""
+    said, sums = _read_manifest(path)
+    content = {}
+    for name in (MODEL, TRAINING):
+        data = _content(path / name)
+        if [len(data), hashlib.sha256(data).hexdigest()] != sums.get(name):
+            raise CheckpointError(f"{path / name}: damaged: it is not what {MANIFEST} says")
+        content[name] = data
+    try:
+        model = safetensors.torch.load(content[MODEL])
+        training = torch.load(io.BytesIO(content[TRAINING]), map_location="cpu", weights_only=True)
+        if not isinstance(training, dict):
+            raise TypeError("not a table of states")
+    except (
+        RuntimeError, EOFError, pickle.UnpicklingError, ValueError, TypeError, LookupError, safetensors.SafetensorError
+    ) as error:  # fmt: skip
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # torch's own words tell how to run it
+            reason = f"{TRAINING} was refused: it may hold tensors, numbers and words, and nothing that is executed"
+        raise CheckpointError(f"{path}: not a checkpoint: {reason[:200]}") from None
+    return Checkpoint(said, model, training)
+
+
+def _read_manifest(path: Path) -> tuple[Manifest, dict[str, Any]]:
+    if not path.exists():
+        raise CheckpointError(f"{path}: no checkpoint here")
+    data = _content(path / MANIFEST)
+    line, digest = data[: -DIGITS - 2], data[-DIGITS - 2 :]
+    if b"\n" + hashlib.sha256(line).hexdigest().encode() + b"\n" != digest:
+        raise CheckpointError(f"{path / MANIFEST}: damaged or not of a checkpoint: its digest does not match")
+    try:
+        fields = json.loads(line)
+        if (version := fields.pop("format")) != FORMAT:
+            raise CheckpointError(f"{path}: checkpoint format {version}, this build reads {FORMAT}")
+        sums = dict(fields.pop("files"))
+        said = Manifest(**fields)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: damaged or not a checkpoint: {reason[:200]}") from None
+        raise CheckpointError(f"{path / MANIFEST}: not of a checkpoint: {error}") from None
+    if path.name != name_of(said.step):
+        raise CheckpointError(f"{path}: is that of step {said.step}, and bears another's name")
+    return said, sums
 
 
-def restore(
-    path: Path, *, method: nn.Module, optimizer: torch.optim.Optimizer | None = None, images: int | None = None
-) -> int:
-    """Fills `method` and `optimizer` in place and returns the optimizer steps taken. Raises CheckpointError.
-
-    `images` is the size of the data set that the run is to go on with.
-    """
-    saved = load(path)
-    if images is not None and images != saved.images:
-        raise CheckpointError(f"{path}: the run saw {saved.images:,} images, data.source.train has {images:,} now")
+def _content(path: Path) -> bytes:
     try:
-        method.load_state_dict(saved.method)
-        if optimizer is not None:
-            load_optimizer_(optimizer, saved.optimizer)
-    except (RuntimeError, ValueError, KeyError) as error:
-        reasons = [line.strip() for line in str(error).splitlines() if "size mismatch" in line or "key(s)" in line]
-        reason = (reasons or [str(error)])[0][:200]
-        raise CheckpointError(f"{path}: does not fit the configured encoder, method and optimizer: {reason}") from None
-    return saved.step
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: damaged: {error.strerror}") from None

@@ -8,7 +8,18 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from ressl.config_optim import Optim
-from ressl.config_parts import Count, MaxSide, Positive, Probability, Range, Section, UserPath, Workers, require
+from ressl.config_parts import (
+    Count,
+    MaxSide,
+    NotNegative,
+    Positive,
+    Probability,
+    Range,
+    Section,
+    UserPath,
+    Workers,
+    require,
+)
 
 # --- data ------------------------------------------------------------------------------------------------------------
 
@@ -290,6 +301,19 @@ class EvaluateConfig(Section):
 # --- run -------------------------------------------------------------------------------------------------------------
 
 
+class CheckpointConfig(Section):
+    """When the run is saved. Each rule that is due saves it; so do the last step, and a signal to stop."""
+
+    epochs: Annotated[int, Field(ge=0)] = 1
+    """Epochs between checkpoints; 0: not by epochs."""
+    steps: Annotated[int, Field(ge=0)] = 0
+    """Steps between checkpoints; 0: not by steps."""
+    minutes: NotNegative = 0.0
+    """Minutes between checkpoints; 0: not by the clock."""
+    keep: Count = 2
+    """The newest ones that stay; and, with `knn_every`, the one of the best evaluation."""
+
+
 class RunConfig(Section):
     out_dir: UserPath
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -307,8 +331,12 @@ class RunConfig(Section):
     """Steps between reads of the loss from the device; each read waits for the device."""
     knn_every: Annotated[int, Field(ge=0)] = 0
     """Epochs between kNN evaluations while training; 0: none."""
-    checkpoint_every: Count = 1
-    """Epochs between checkpoints; the last epoch always leaves one."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    skip_limit: Annotated[int, Field(ge=0)] = 10
+    """Steps that may be left out, since the run was last started, because their loss or gradient was not finite; one
+    more ends it."""
+    hang_timeout: NotNegative = 300.0
+    """Seconds without a step after which a hanging run ends with the stacks of all ranks; 0: it waits for ever."""
     tensorboard: bool = False
     """Write the metrics to `out_dir`/tensorboard as well."""
 

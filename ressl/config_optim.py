@@ -5,10 +5,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ressl.config_parts import Count, Positive, Section, require
+from ressl.config_parts import Count, NotNegative, Positive, Section, require
 
 Rate = Annotated[float, Field(gt=0, le=1e30)]
-NotNegative = Annotated[float, Field(ge=0)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Scaling = Literal["none", "linear", "sqrt"]
 

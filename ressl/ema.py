@@ -41,6 +41,13 @@ def ema_update_(teacher: nn.Module, student: nn.Module, momentum: float | Tensor
         torch._foreach_lerp_(slow, fast, 1 - momentum)
 
 
+def held_back(momentum: float | Tensor, skip: Tensor) -> Tensor:
+    """`momentum` as a () float64 tensor on the device of `skip`, () bool; where that is true, 1: nothing moves."""
+    if not isinstance(momentum, Tensor):
+        momentum = torch.full((), momentum, dtype=torch.float64, device=skip.device)
+    return torch.where(skip, torch.ones_like(momentum), momentum)
+
+
 def teacher_momentum(done: float, *, start: float, end: float | None) -> float:
     """Of the step at which the share `done` of the run is behind: from `start` to `end` on a cosine, or constant.
 

@@ -74,7 +74,8 @@ def can_fuse(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     found = torch.cuda.get_device_properties(device)
-    return found.major >= 8 and found.shared_memory_per_block_optin >= ROOM
+    room: int = getattr(found, "shared_memory_per_block_optin", 0)  # torch's own stubs lack it
+    return found.major >= 8 and room >= ROOM
 
 
 def chosen(

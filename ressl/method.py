@@ -12,7 +12,7 @@ from ressl.batch import Batch
 from ressl.batchnorm import set_batchnorm_, shuffled, unshuffled
 from ressl.collectives import Collectives
 from ressl.config import BatchNorm, Encoder, Method, ReSSLConfig
-from ressl.ema import ema_update_, make_teacher, teacher_momentum
+from ressl.ema import ema_update_, held_back, make_teacher, teacher_momentum
 from ressl.encoder import build_encoder
 from ressl.loss import relational_loss
 from ressl.queue import FeatureQueue
@@ -72,13 +72,14 @@ class ReSSL(nn.Module):
         return teacher_momentum(done, start=self.cfg.teacher_momentum, end=self.cfg.teacher_momentum_end)
 
     @torch.no_grad()
-    def after_step(self, keys: Tensor, *, momentum: float | Tensor) -> None:
-        """Once per optimizer step, after it: `keys` (G, D) are the teacher's embeddings of the global batch.
+    def after_step(self, keys: Tensor, *, momentum: float | Tensor, skip: Tensor | None = None) -> None:
+        """Once per optimizer step, after it: `keys` (G, D) are the teacher's embeddings of the global batch. Where
+        `skip`, () bool on the device, is true, nothing changes.
 
         NOTE: the authors move the teacher at the start of the next step; the sequence of weights is the same.
         """
-        self.queue.push(keys)
-        ema_update_(self.teacher, self.student, momentum)
+        self.queue.push(keys, skip)
+        ema_update_(self.teacher, self.student, momentum if skip is None else held_back(momentum, skip))
 
 
 AnyMethod = ReSSL  # ReSSL | WCL | ..., once there are more: each takes a Batch, gives a StepOutput, has after_step

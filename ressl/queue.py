@@ -21,11 +21,12 @@ class FeatureQueue(nn.Module):
         self.register_buffer("cursor", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
-    def push(self, keys: Tensor) -> None:
+    def push(self, keys: Tensor, skip: Tensor | None = None) -> None:
         """Overwrites the oldest rows with `keys` (G, D) in their order, in the queue's type. Of more than K rows,
-        the last K stay."""
+        the last K stay. Where `skip`, () bool on the device, is true, nothing changes."""
         size = self.keys.shape[0]
-        skipped = max(0, len(keys) - size)
-        place = torch.arange(skipped, len(keys), device=self.keys.device)
-        self.keys.index_copy_(0, (self.cursor + place) % size, keys[skipped:].to(self.keys.dtype))
-        self.cursor.add_(len(keys)).remainder_(size)
+        left_out = max(0, len(keys) - size)
+        place = (self.cursor + torch.arange(left_out, len(keys), device=self.keys.device)) % size
+        rows = keys[left_out:].to(self.keys.dtype)
+        self.keys.index_copy_(0, place, rows if skip is None else torch.where(skip, self.keys[place], rows))
+        self.cursor.add_(len(keys) if skip is None else torch.where(skip, 0, len(keys))).remainder_(size)

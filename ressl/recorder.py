@@ -3,10 +3,10 @@
 Reading a value waits for the device, and this is the only place of the training step that does so.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -16,20 +16,44 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from ressl.run_dir import bad_images_path, metrics_path
+from ressl.run_dir import append_line, bad_images_path, lines_of, metrics_path
 
 LINE_EVERY_S = 60  # where there is no live bar, as in a log file, no silence is longer than this and one record
 
 
-class NonFiniteLoss(RuntimeError):
-    """The loss became NaN or infinite. The message names the step."""
+class BadImages:
+    """Images that could not be read and were replaced: never silent. Every rank adds to the same file; what it says
+    already, because the run was interrupted after it, is not said twice."""
+
+    def __init__(self, out_dir: Path, console: Console, rank: int) -> None:
+        self.path, self.console, self.rank = bad_images_path(out_dir), console, rank
+        self.after_step = 0
+        self._known: set[str] | None = None
+        self._early: list[str] = []  # what is said before there is a directory to write to
+
+    def open(self) -> None:
+        """From here on there is a directory."""
+        self._known = {str(record.get("message")) for record in lines_of(self.path)}
+        for message in self._early:
+            self.report(message)
+
+    def report(self, message: str) -> None:
+        """May be called from any thread. A disk that is full does not end the run."""
+        if self._known is None:
+            self._early.append(message)
+            return
+        if message not in self._known:
+            with suppress(OSError):
+                append_line(self.path, {"after_step": self.after_step, "rank": self.rank, "message": message})
+        self.console.print(f"warning: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 class Recorder:
     """Holds device tensors between records and reads them every `every` steps and at the end of each epoch.
 
     `images` is the number of images of a step over all ranks, `mean` averages values over the ranks, and `track` also
-    gets every record, if given. On other ranks than 0 it is silent and only checks the loss.
+    gets every record, if given. `watch` measures what else is worth a look at each record, and says what is wrong, if
+    anything. On other ranks than 0 it is silent.
     """
 
     def __init__(
@@ -45,10 +69,13 @@ class Recorder:
         rank: int = 0,
         mean: Callable[[Tensor], Tensor] = lambda values: values,
         track: Callable[[int, dict[str, float]], None] | None = None,
+        watch: Callable[[], tuple[Mapping[str, float], str | None]] = lambda: ({}, None),
     ) -> None:
         active = rank == 0
-        self.rank, self.mean, self.out_dir = rank, mean, out_dir
+        self.mean, self.watch = mean, watch
         self.every, self.images, self.active, self.track = every, images, active, track
+        self.skipped = 0  # steps left out so far, as of the last record
+        self._warned, self._unwritten = False, False
         self.steps_per_epoch, self.epochs = steps_per_epoch, epochs
         self.console = console
         self.file = metrics_path(out_dir)
@@ -88,32 +115,55 @@ class Recorder:
             return
         names = list(logs[0])
         means = self.mean(torch.stack([torch.stack([micro[n].float() for n in names]) for micro in logs]).mean(0))
-        values = dict(zip(names, means.tolist(), strict=True))  # waits for the device
-        if not math.isfinite(values["loss"]):
-            raise NonFiniteLoss(
-                f"the loss is {values['loss']} at step {step:,}: lower optim.lr, or use run.precision=fp32 or bf16"
-            )
+        values: dict[str, float | str] = dict(zip(names, means.tolist(), strict=True))  # waits for the device
+        now = time.perf_counter()
+        seconds, self.since = now - self.since, now
+        skipped, self.skipped = self.skipped, int(values.pop("skipped", 0))
+        if self.skipped > skipped and self.active:
+            self._print_warning(f"by step {step:,}, {self.skipped:,} steps were left out: not finite")
         self.logged = names
-        seconds = time.perf_counter() - self.since
         images = (step - self.last_step) * self.images
         self.trained_s, self.trained_images = self.trained_s + seconds, self.trained_images + images
         values |= {"lr": lr, "images_per_s": images / seconds}
+        if self.skipped:
+            values["skipped"] = self.skipped
+        if self.active:
+            found, warning = self.watch()
+            values |= found
+            if warning:
+                values["warning"] = warning
+                self._warn(warning)
         epoch = (step - 1) // self.steps_per_epoch + 1
         self.progress.update(self.task, completed=step, epoch=epoch, rate=values["images_per_s"], loss=values["loss"])
         self.write(step, values)
         silent = time.perf_counter() - self.last_line > LINE_EVERY_S and not self.console.is_terminal
         if end_of_epoch or silent:
             self._line(epoch, step, values)
-        self.last_step, self.since = step, time.perf_counter()
+        self.last_step = step
 
     def write(self, step: int, values: Mapping[str, float | str]) -> None:
-        """One record, as it is."""
+        """One record; what is not finite stands there as null. Where the disk refuses it is left out, and said once."""
         if not self.active:
             return
-        with self.file.open("a") as f:
-            f.write(json.dumps({"step": step, "epoch": round(step / self.steps_per_epoch, 4), **values}) + "\n")
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        try:
+            append_line(self.file, {"step": step, "epoch": round(step / self.steps_per_epoch, 4), **finite})
+            self._unwritten = False
+        except OSError as error:
+            if not self._unwritten:
+                self._print_warning(f"{self.file}: cannot be written: {error.strerror}; the run goes on without")
+            self._unwritten = True
         if self.track:
-            self.track(step, {k: v for k, v in values.items() if isinstance(v, float)})
+            self.track(step, {k: v for k, v in finite.items() if isinstance(v, float)})
+
+    def _warn(self, warning: str) -> None:
+        """Once; the log says it at each record."""
+        if not self._warned:
+            self._print_warning(warning)
+        self._warned = True
+
+    def _print_warning(self, text: str) -> None:
+        self.console.print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     def evaluated(self, step: int, values: Mapping[str, float], seconds: float) -> None:
         """The result of an evaluation between epochs."""
@@ -121,13 +171,6 @@ class Recorder:
         if self.active:
             found = "  ".join(f"{name} {100 * value:.2f} %" for name, value in values.items())
             self.console.print(f"  after epoch {step // self.steps_per_epoch}: {found}  ({seconds:.0f} s)")
-
-    def bad_image(self, message: str) -> None:
-        """An image that could not be read and was replaced: never silent. Every rank adds to the same file."""
-        record = {"after_step": self.last_step, "rank": self.rank, "message": message}
-        with bad_images_path(self.out_dir).open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        self.console.print(f"warning: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     def restart_clock(self) -> None:
         """Leaves the time since the last record out of the rates."""
@@ -138,13 +181,13 @@ class Recorder:
         """Of all recorded steps."""
         return self.trained_images / self.trained_s if self.trained_s else math.nan
 
-    def _line(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
+    def _line(self, epoch: int, step: int, values: Mapping[str, float | str]) -> None:
         self.last_line = time.perf_counter()
         if not self.active:
             return
         total = self.epochs * self.steps_per_epoch
         left = (total - step) * self.images / self.images_per_s
-        others = "".join(f"{name} {values[name]:.3f}  " for name in self.logged if name != "loss")
+        others = "".join(f"{name} {values[name]:.3f}  " for name in self.logged if name not in ("loss", "skipped"))
         self.console.print(
             f"epoch {epoch}/{self.epochs}  step {step:,}/{total:,}  loss {values['loss']:.4f}  "
             f"{others}{self.images_per_s:,.0f} images/s  {_duration(left)} left",

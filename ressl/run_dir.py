@@ -1,7 +1,14 @@
-"""The directory of a run: config.yaml says whose it is, metrics.jsonl what happened, checkpoint.pt where to go on."""
+"""The directory of a run: config.yaml says whose it is, metrics.jsonl what happened, checkpoints/ where to go on."""
 
+import difflib
+import errno
 import fcntl
 import json
+import math
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,8 +19,9 @@ from ressl.config_file import ConfigError, load_config, save_config
 # by no more than how numbers are rounded
 FREE = (
     "data.placement", "data.prefetch", "data.source.budget_gb", "data.source.cache", "data.source.memory",
-    "data.source.val", "data.source.workers", "evaluate.", "method.loss_impl", "run.checkpoint_every", "run.compile",
-    "run.cuda_graphs", "run.device", "run.knn_every", "run.log_every", "run.out_dir", "run.tensorboard", "views.impl",
+    "data.source.val", "data.source.workers", "evaluate.", "method.loss_impl", "run.checkpoint.", "run.compile",
+    "run.cuda_graphs", "run.device", "run.hang_timeout", "run.knn_every", "run.log_every", "run.out_dir",
+    "run.skip_limit", "run.tensorboard", "views.impl",
 )  # fmt: skip
 LOCK = ".lock"
 
@@ -26,8 +34,8 @@ def config_path(out_dir: Path) -> Path:
     return out_dir / "config.yaml"
 
 
-def checkpoint_path(out_dir: Path) -> Path:
-    return out_dir / "checkpoint.pt"
+def checkpoints_path(out_dir: Path) -> Path:
+    return out_dir / "checkpoints"
 
 
 def metrics_path(out_dir: Path) -> Path:
@@ -38,72 +46,133 @@ def bad_images_path(out_dir: Path) -> Path:
     return out_dir / "bad_images.jsonl"
 
 
-def check_run_dir(cfg: Config) -> None:
-    """Raises RunDirError if `cfg.run.out_dir` cannot be this run's. Changes nothing on the disk."""
+def check_run_dir(cfg: Config, allowed: Sequence[str] = ()) -> dict[str, tuple[Any, Any]]:
+    """Raises RunDirError if `cfg.run.out_dir` cannot be this run's. Changes nothing on the disk.
+
+    `allowed` are keys, or sections, that may differ from what is there; returns those that do, with both values. Raises
+    ConfigError where one of them does not exist.
+    """
+    known = _flat(cfg.model_dump(mode="json"))
+    for key in allowed:
+        if not any(_within(name, key) for name in known):
+            close = difflib.get_close_matches(key, known, n=1)
+            raise ConfigError(f"--allow-change {key}: no such key{f'; did you mean {close[0]}?' if close else ''}")
     out_dir = cfg.run.out_dir
     if not out_dir.exists():
         parent = next(p for p in out_dir.absolute().parents if p.exists())
         if not parent.is_dir():
             raise RunDirError(f"run.out_dir={out_dir} cannot be made: {parent} is a file")
-        return
+        return {}
     if not out_dir.is_dir():
         raise RunDirError(f"run.out_dir={out_dir} is a file: choose another")
     if not config_path(out_dir).exists():
         if any(path.name != LOCK for path in out_dir.iterdir()):
             raise RunDirError(f"run.out_dir={out_dir} is not empty and holds no run: choose another")
-        return
+        return {}
     try:
         there = load_config(config_path(out_dir))
     except ConfigError as error:
         raise RunDirError(f"run.out_dir={out_dir} holds a run of another version: choose another\n{error}") from None
     differing = differences(there, cfg)
-    started = checkpoint_path(out_dir).exists() or metrics_path(out_dir).exists()
-    if differing and started:
+    refused = {key: pair for key, pair in differing.items() if not any(_within(key, name) for name in allowed)}
+    started = checkpoints_path(out_dir).exists() or metrics_path(out_dir).exists()
+    if refused and started:
         raise RunDirError(
-            f"run.out_dir={out_dir} holds a run of another configuration: choose another, or remove it\n"
-            + "\n".join(f"  {key}: {old} there, {new} here" for key, (old, new) in differing.items())
+            f"run.out_dir={out_dir} holds a run of another configuration: choose another, remove it, or go on with a "
+            f"change by --allow-change KEY\n{_side_by_side(refused)}"
         )
+    return differing if started else {}
 
 
-def make_run_dir(cfg: Config) -> TextIO:
-    """Makes the directory, writes the resolved config into it, and locks it until the returned file is closed."""
-    check_run_dir(cfg)
+def make_run_dir(cfg: Config, allowed: Sequence[str] = ()) -> TextIO:
+    """Makes the directory, writes the resolved config into it, and locks it until the returned file is closed. What
+    differs from a run that is there, and was `allowed`, goes to its log."""
+    changed = check_run_dir(cfg, allowed)
     out_dir = cfg.run.out_dir
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         held = lock(out_dir / LOCK)
         save_config(cfg, config_path(out_dir))
+        if changed:
+            changes = {key: {"from": old, "to": new} for key, (old, new) in changed.items()}
+            append_line(out_dir / "changes.jsonl", {"changed": changes})
     except OSError as error:
         raise RunDirError(f"run.out_dir={out_dir} cannot be made or written: {error.strerror}") from None
     return held
 
 
+def _side_by_side(differing: dict[str, tuple[Any, Any]]) -> str:
+    """Two columns: what is there, what is here."""
+    rows = [("", "there", "here"), *((key, str(old), str(new)) for key, (old, new) in differing.items())]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return "\n".join(f"  {key:<{widths[0]}}  {old:<{widths[1]}}  {new}" for key, old, new in rows)
+
+
+def _within(key: str, section: str) -> bool:
+    return key == section or key.startswith(f"{section}.")
+
+
 def lock(path: Path) -> TextIO:
     """Holds `path`, made if it is not there, until the returned file is closed. Raises RunDirError if another does."""
-    held = path.open("w")
+    held = path.open("a+")
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        held.seek(0)
+        who = held.read().strip() or "another process"
         held.close()
-        raise RunDirError(f"{path.parent} is in use by another process") from None
+        raise RunDirError(f"{path.parent} is in use by {who}") from None
+    held.truncate(0)
+    held.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    held.flush()
     return held
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Adds the record as a line of JSON, whole or not at all. Raises OSError where the disk refuses."""
+    line = (json.dumps(record) + "\n").encode()
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        before = os.fstat(file).st_size
+        try:
+            if os.write(file, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            os.ftruncate(file, before)
+            raise
+    finally:
+        os.close(file)
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """The records of a file of such lines, without what is none; nothing where there is no file."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(errors="replace").splitlines():
+        with suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict):
+                records.append(record)
+    return records
 
 
 def keep_metrics_until(out_dir: Path, step: int) -> None:
     """Drops a torn last line and the records of steps after `step`: a run that goes on from there writes them again."""
-    path = metrics_path(out_dir)
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError, TypeError):
-            continue
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(kept))
-    part.replace(path)
+    _keep(metrics_path(out_dir), [r for r in lines_of(metrics_path(out_dir)) if _step_of(r) <= step])
+    _keep(bad_images_path(out_dir), lines_of(bad_images_path(out_dir)))
+
+
+def _keep(path: Path, records: list[dict[str, Any]]) -> None:
+    if path.exists():
+        part = path.with_name(path.name + ".part")
+        part.write_text("".join(json.dumps(record) + "\n" for record in records))
+        part.replace(path)
+
+
+def _step_of(record: dict[str, Any]) -> float:
+    step = record.get("step")
+    return step if isinstance(step, int) else math.inf
 
 
 def differences(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:

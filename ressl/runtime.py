@@ -6,11 +6,12 @@ import platform
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from datetime import timedelta
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import DDPCommunicationHookType
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ class Runtime:
         self._accelerator = Accelerator(
             cpu=cpu,
             mixed_precision=cfg.precision if cfg.precision in ("bf16", "fp16") else "no",
-            kwargs_handlers=[self._ddp],
+            kwargs_handlers=[self._ddp, *_patience(cfg)],
             log_with="tensorboard" if cfg.tensorboard else None,
             project_dir=str(cfg.out_dir) if cfg.tensorboard else None,
         )
@@ -60,6 +61,7 @@ class Runtime:
         self.device = torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
         self.rank: int = self._accelerator.process_index
         self.world_size: int = self._accelerator.num_processes
+        self.local_ranks: int = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))  # on this machine
         self.is_main: bool = self._accelerator.is_main_process
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.precision, torch.float32)
         # the similarities of the loss are matrix products: they stay float32 in every precision
@@ -94,6 +96,19 @@ class Runtime:
         """The optimizer, unscaling fp16 gradients and leaving out steps that overflowed."""
         return self._accelerator.prepare_optimizer(optimizer, device_placement=False)
 
+    @property
+    def scales_gradients(self) -> bool:
+        """Whether gradients are scaled, as in fp16."""
+        return self._accelerator.scaler is not None
+
+    def scaler_state(self) -> dict[str, Any]:
+        """Of the scale of the loss, empty where there is none."""
+        return self._accelerator.scaler.state_dict() if self._accelerator.scaler is not None else {}
+
+    def load_scaler_state(self, state: dict[str, Any]) -> None:
+        if self._accelerator.scaler is not None and state:
+            self._accelerator.scaler.load_state_dict(state)
+
     def backward(self, loss: Tensor) -> None:
         self._accelerator.backward(loss)
 
@@ -111,6 +126,9 @@ class Runtime:
         parts = self.collectives.gather(padded).split(max(counts))
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
+    def votes(self) -> "Votes":
+        return Votes(self.world_size)
+
     def wait_for_everyone(self) -> None:
         self._accelerator.wait_for_everyone()
 
@@ -126,9 +144,45 @@ class Runtime:
         self._accelerator.log(values, step=step)
 
 
+class Votes:
+    """What any rank wishes, known to all of them at the same step. Nobody waits: a wish is heard one step later, when
+    the others have cast theirs too. Travels between the hosts; the device has no part in it."""
+
+    def __init__(self, world_size: int) -> None:
+        self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if world_size > 1 else None
+        self._posted: tuple[dist.Work, Tensor] | None = None
+
+    def cast(self, *wishes: bool) -> tuple[bool, ...]:
+        """On every rank after the same step: what any rank wished the last time. One process hears itself at once."""
+        if self._group is None:
+            return wishes
+        heard = self.hear(len(wishes))
+        votes = torch.tensor(wishes, dtype=torch.uint8)
+        work = dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        assert work is not None
+        self._posted = work, votes
+        return heard
+
+    def hear(self, count: int) -> tuple[bool, ...]:
+        """The outcome of the last `cast`, which then is dealt with; nothing where there is none."""
+        if self._posted is None:
+            return (False,) * count
+        work, votes = self._posted
+        self._posted = None
+        work.wait()
+        return tuple(bool(vote) for vote in votes.tolist())
+
+
 def preferred_device(cfg: RunConfig) -> torch.device:
     """Where a run of this config computes on this machine."""
     return torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _patience(cfg: RunConfig) -> list[InitProcessGroupKwargs]:
+    """How long a rank waits for the others: longer than the watchdog, which knows more of why, but not for ever."""
+    if not cfg.hang_timeout or not launched():
+        return []
+    return [InitProcessGroupKwargs(timeout=timedelta(seconds=max(60.0, 2 * cfg.hang_timeout)))]
 
 
 def _keep_freed_memory() -> None:
@@ -164,9 +218,12 @@ class _Mean(torch.autograd.Function):
 
 
 def _collectives(world_size: int) -> Collectives:
+    # torch 2.14 calls it by another name, and warns of the old one
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
     def gather(rows: Tensor) -> Tensor:
         out = rows.new_empty(world_size * len(rows), *rows.shape[1:])
-        dist.all_gather_into_tensor(out, rows.detach().contiguous())
+        all_gather(out, rows.detach().contiguous())
         return out
 
     def mean(x: Tensor) -> Tensor:

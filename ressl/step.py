@@ -1,4 +1,7 @@
-"""One optimizer step: forward and backward of each micro-batch, the optimizer, then queue and teacher."""
+"""One optimizer step: forward and backward of each micro-batch, the optimizer, then queue and teacher.
+
+The guard (ressl/guard.py) stands before both: where it finds a number that is not finite, neither is changed.
+"""
 
 from collections.abc import Iterator
 
@@ -9,6 +12,7 @@ from ressl.batch import Batch
 from ressl.compiled import compile_blocks_
 from ressl.config import Config
 from ressl.graphs import CapturedStep, Logs
+from ressl.guard import Guard, spoiled
 from ressl.method import AnyMethod, build_method
 from ressl.optim import build_optimizer, set_learning_rate_
 from ressl.runtime import Runtime
@@ -18,6 +22,7 @@ class TrainStep:
     """The step of a run, made of its parts. It never makes the host wait for the device.
 
     With `cuda_graphs` the optimizer must have been built `capturable`. The method is replicated here, over the ranks.
+    Without a `guard` a step changes what it changes.
     """
 
     def __init__(
@@ -26,16 +31,20 @@ class TrainStep:
         optimizer: torch.optim.Optimizer,
         runtime: Runtime,
         *,
+        guard: Guard | None = None,
         accumulate: int = 1,
         cuda_graphs: bool = False,
     ) -> None:
-        self.method, self.runtime, self.accumulate = method, runtime, accumulate
+        self.method, self.runtime, self.accumulate, self.guard = method, runtime, accumulate, guard
+        self.parameters = [p for p in method.parameters() if p.requires_grad]
         self.captured: CapturedStep | None = None
         if cuda_graphs:
             self.momentum = torch.zeros((), dtype=torch.float64, device=runtime.device)
             self.captured = CapturedStep(self._captured, runtime.device)
         self.replica = self._replicate(self.captured.side if self.captured else None)
-        self.optimizer = runtime.prepare_optimizer(optimizer)
+        self.plain, self.optimizer = optimizer, runtime.prepare_optimizer(optimizer)
+        if guard:
+            guard.watch_statistics_(method)  # a replica gives the buffers other memory
 
     def _replicate(self, side: torch.cuda.Stream | None) -> nn.Module:
         """Gradients are accumulated on the stream on which the replica is made: the captured one, if there is one."""
@@ -47,6 +56,12 @@ class TrainStep:
             replica = self.runtime.replicate(self.method, accumulate=self.accumulate)
         main.wait_stream(side)
         return replica
+
+    @property
+    def guarded(self) -> Guard:
+        """The guard of a step that has one."""
+        assert self.guard is not None
+        return self.guard
 
     def release(self) -> None:
         """Gives up what a captured step holds: to be called before the processes of the run part."""
@@ -65,20 +80,42 @@ class TrainStep:
         return self._run(batches, self.momentum)
 
     def _run(self, batches: Iterator[Batch], momentum: float | Tensor) -> Logs:
-        carries, logs = [], []
+        carries, logs, indices = [], [], []
+        if self.guard:
+            self.guard.keep()
         for micro in range(self.accumulate):
+            batch = next(batches)
             with self.runtime.micro_step(self.replica, last=micro == self.accumulate - 1):
-                out = self.replica(next(batches))
+                out = self.replica(batch)
                 self.runtime.backward(out.loss / self.accumulate)
-            carries.append(out.carry)
+            carries.append(spoiled(out.carry, out.loss) if self.guard else out.carry)
+            indices.append(batch.index.clone())  # the batch may be gone when the next is asked for
             logs.append(out.logs)
             del out  # its loss holds the graph of this micro-batch
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         joined = (torch.cat(parts) for parts in zip(*carries, strict=True))
-        # queue and teacher change here alone, when the backward pass is over
-        self.method.after_step(*map(self.runtime.collectives.gather, joined), momentum=momentum)
-        return logs
+        carry = [self.runtime.collectives.gather(part) for part in joined]
+        skip = self._look(carry, torch.cat(indices))
+        if skip is None or skip.is_cuda or not skip:  # a CPU may be asked
+            self._update(carry, momentum, skip)
+        if self.guard and skip is not None:
+            self.guard.put_back_(skip)
+        self.optimizer.zero_grad(set_to_none=True)
+        return [{**log, "skipped": self.guard.skipped} for log in logs] if self.guard else logs
+
+    def _look(self, carry: list[Tensor], index: Tensor) -> Tensor | None:
+        if self.guard is None:
+            return None
+        # fp16 gradients overflow now and then by design: its scaler leaves such steps out by itself
+        gradients = [] if self.runtime.scales_gradients else [p.grad for p in self.parameters if p.grad is not None]
+        return self.guard.look(gradients, carry, index)
+
+    def _update(self, carry: list[Tensor], momentum: float | Tensor, skip: Tensor | None) -> None:
+        """Optimizer, queue and teacher change here alone, when the backward pass is over; on a GPU not where `skip`."""
+        on_gpu = skip is not None and skip.is_cuda
+        if on_gpu and not self.runtime.scales_gradients:
+            self.plain.found_inf = skip.float()  # type: ignore[union-attr,attr-defined]  # fused optimizers heed it
+        self.optimizer.step()
+        self.method.after_step(*carry, momentum=momentum, skip=skip if on_gpu else None)
 
 
 def build_step(cfg: Config, runtime: Runtime) -> TrainStep:
@@ -86,9 +123,17 @@ def build_step(cfg: Config, runtime: Runtime) -> TrainStep:
     return step_of(build_method(cfg.method, cfg.encoder, runtime.collectives).to(runtime.device), cfg, runtime)
 
 
-def step_of(method: AnyMethod, cfg: Config, runtime: Runtime) -> TrainStep:
+def step_of(method: AnyMethod, cfg: Config, runtime: Runtime, *, guarded: bool = True) -> TrainStep:
     """The step of a method that is on the runtime's device, as the config has it: optimizer, compiled, captured."""
     optimizer = build_optimizer(method.student, cfg.optim, capturable=cfg.run.cuda_graphs)
     if cfg.run.compile:
         compile_blocks_(method)
-    return TrainStep(method, optimizer, runtime, accumulate=cfg.optim.accumulate, cuda_graphs=cfg.run.cuda_graphs)
+    images = cfg.optim.batch_size
+    return TrainStep(
+        method,
+        optimizer,
+        runtime,
+        guard=Guard(runtime.device, rows=images, own=images // runtime.world_size) if guarded else None,
+        accumulate=cfg.optim.accumulate,
+        cuda_graphs=cfg.run.cuda_graphs,
+    )

@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import io
+import json
 import os
 import re
 import struct
@@ -165,6 +166,55 @@ def ressl(
         return code, out, err
 
     return run
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Callable[[int], Path]]:
+    """Makes a disk of a size in bytes, or gives the one there is another size."""
+    place = tmp_path / "disk"
+
+    def resize(size: int) -> Path:
+        how = ["-o", f"size={size}"] if not place.is_mount() else ["-o", f"remount,size={size}"]
+        place.mkdir(exist_ok=True)
+        done = subprocess.run(["mount", "-t", "tmpfs", *how, "tmpfs", place], capture_output=True, check=False)
+        if done.returncode:
+            pytest.skip("mount is not permitted here")
+        return place
+
+    yield resize
+    if place.is_mount():
+        subprocess.run(["umount", place], check=True)
+
+
+class ForkedRanks:
+    """Runs of several ranks that start in a fraction of a second (forked_ranks.py)."""
+
+    def __init__(self, server: subprocess.Popen[str]) -> None:
+        self.server = server
+
+    def _ask(self, **words: object) -> list:
+        assert self.server.stdin and self.server.stdout
+        print(json.dumps(words), file=self.server.stdin, flush=True)
+        return json.loads(self.server.stdout.readline())
+
+    def start(self, config: Path, *overrides: str, log: Path, ranks: int = 2, **more: object) -> list[int]:
+        """The process ids of the ranks. `more`: see forked_ranks.py."""
+        given = {"config": str(config), "overrides": overrides, "ranks": ranks, "log": str(log), **more}
+        return self._ask(start=given)
+
+    def wait(self, pids: list[int], seconds: float = 120) -> list[int | None]:
+        """Their exit codes; None for one that had to be killed."""
+        return self._ask(wait=pids, seconds=seconds)
+
+
+@pytest.fixture(scope="session")
+def forked_ranks() -> Iterator[ForkedRanks]:
+    command = [sys.executable, str(REPO / "tests" / "forked_ranks.py")]
+    environment = os.environ | {"PYTHONPATH": str(REPO)}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as server:
+        yield ForkedRanks(server)
+        assert server.stdin
+        server.stdin.close()
 
 
 # --- odd images ------------------------------------------------------------------------------------------------------

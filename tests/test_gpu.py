@@ -99,8 +99,8 @@ def test_a_captured_run_evaluates_changes_its_sizes_and_goes_on(tiny_config: Pat
     base = ["run.device=auto", "run.cuda_graphs=true", "run.knn_every=2", f"run.out_dir={tmp_path}/run"]
     sizes = "views.progressive={start: 0.5, until: 6, multiple: 8}"
     assert launch.run(load_config(tiny_config, [*base, sizes, "optim.epochs=12"]), Console(quiet=True)) > 0
-    done = checkpoint.load(tmp_path / "run" / "checkpoint.pt")
-    assert done.step == 12 * 4
+    found = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert found is not None and found[1].about.step == 12 * 4
     again = load_config(tiny_config, [*base, sizes, "optim.epochs=12", "run.cuda_graphs=false"])
     assert launch.evaluate_run(again, Console(quiet=True), network="student", knn=True, linear=False, untrained=False)
 

@@ -72,7 +72,7 @@ class Floor(nn.Module):
                 self.teacher(view)
         return StepOutput(loss, (), {})
 
-    def after_step(self, *, momentum: float | Tensor) -> None:
+    def after_step(self, *, momentum: float | Tensor, skip: Tensor | None) -> None:
         """Neither queue nor teacher."""
 
 
@@ -104,7 +104,8 @@ def make_step(name: str, cfg: Config, runtime: Runtime, batch: Batch) -> Step:
 
 def floor_step(cfg: Config, runtime: Runtime) -> TrainStep:
     method = build_method(cfg.method, cfg.encoder, runtime.collectives).to(runtime.device)
-    return step_of(cast(AnyMethod, Floor(method)), cfg, runtime)  # a step asks no more of a method than Floor has
+    # a step asks no more of a method than Floor has
+    return step_of(cast(AnyMethod, Floor(method)), cfg, runtime, guarded=False)
 
 
 def port(cfg: Config, runtime: Runtime, images: int, autocast: torch.dtype | None) -> EagerPort:

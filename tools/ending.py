@@ -1,8 +1,10 @@
 """How a verb ends: a person's mistake, the machine's limits and a run's own troubles each in one message and a code."""
 
 import errno
+import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
@@ -10,25 +12,35 @@ from ressl.batch import DataError
 from ressl.checkpoint import CheckpointError, NonFiniteWeights, SaveError
 from ressl.config_file import ConfigError
 from ressl.evals.features import NonFiniteFeatures
-from ressl.recorder import NonFiniteLoss
+from ressl.guard import NonFiniteRun
+from ressl.pretrain import RanksDiffer
 from ressl.run_dir import RunDirError
 from ressl.runtime import MachineError
+from ressl.stop import Stopped
 from tools.convert import DiskFull
 from tools.forked import WorkerDied
-from tools.processes import ProcessesFailed, another_failed, first_to_fail
+from tools.processes import ProcessesFailed, another_failed, first_to_fail, tell_stopped
 
+HANG = 6
 STOPPED = 130  # after Ctrl-C
+SAVED = 75  # asked to stop, and saved: the same command, or `resume`, goes on (EX_TEMPFAIL of <sysexits.h>)
 SMALLER = "lower optim.batch_size or method.queue_size, or raise optim.accumulate"
 
 
 def exit_code(verb: Callable[[], object]) -> int:
     """Runs `verb` and returns its exit code: 2 for a mistake in what was asked, 3 for a checkpoint that cannot be
-    used, 4 for what the machine lacks, 5 for numbers that are not finite. What no one foresaw keeps its traceback."""
+    used, 4 for what the machine lacks, 5 for numbers that are not finite, 75 for a run that was asked to stop and has
+    saved. What no one foresaw keeps its traceback."""
     try:
         return int(verb() or 0)  # type: ignore[call-overload]
     except ProcessesFailed as failed:  # the process that failed has said why
         return failed.exit_code
-    except (ConfigError, DataError, RunDirError) as error:
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            with suppress(OSError):  # the terminal may be what was lost
+                print(f"ressl: {stopped}", file=sys.stderr, flush=True)
+        return 0 if tell_stopped() else SAVED
+    except (ConfigError, DataError, RunDirError, RanksDiffer) as error:
         return _fail(error, 2)
     except CheckpointError as error:
         return _fail(error, 3)
@@ -40,7 +52,7 @@ def exit_code(verb: Callable[[], object]) -> int:
     except (torch.OutOfMemoryError, MemoryError) as error:
         reason = str(error).splitlines()[0] if str(error) else "out of memory"
         return _fail(f"{reason}; {SMALLER}", 4)
-    except (NonFiniteLoss, NonFiniteFeatures, NonFiniteWeights) as error:
+    except (NonFiniteRun, NonFiniteFeatures, NonFiniteWeights) as error:
         return _fail(error, 5)
     except RuntimeError as error:
         if another_failed():  # and this process lost touch with it
@@ -50,6 +62,13 @@ def exit_code(verb: Callable[[], object]) -> int:
         return _fail(f"out of memory; {SMALLER}", 4)
     except SystemExit as stop:  # typer has said what there is to say, except after Ctrl-C
         return _fail("stopped", STOPPED) if stop.code == STOPPED else int(stop.code or 0)
+
+
+def end_hanging(message: str) -> None:
+    """Ends this process, which hangs, at once: no part of it can be waited for."""
+    _fail(message, HANG)
+    sys.stderr.flush()
+    os._exit(HANG)
 
 
 def _fail(error: object, code: int) -> int:

@@ -1,12 +1,35 @@
-"""What is kept and shown of an evaluation."""
+"""What is evaluated of a run, and what is kept and shown of it."""
 
-import json
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
 
+from ressl import checkpoint
+from ressl.checkpoint import Checkpoint, CheckpointError
 from ressl.config import EvaluateConfig
+from ressl.pretrain import best_evaluation
+from ressl.run_dir import append_line, checkpoints_path
+
+Which = Literal["last", "best"]
+
+
+def chosen_checkpoint(run_dir: Path, which: Which, console: Console) -> tuple[Path, Checkpoint]:
+    """Raises CheckpointError where there is none, or none can be used."""
+    directory = checkpoints_path(run_dir)
+    match which:
+        case "last":
+            found = checkpoint.newest(directory, lambda message: console.print(f"warning: {message}", style="yellow"))
+            if found is None:
+                raise CheckpointError(f"{directory}: no checkpoint here")
+            return found[0], found[1]
+        case "best":
+            best = best_evaluation(run_dir)
+            if best is None:
+                raise CheckpointError(f"{run_dir}: no evaluation of a checkpoint that is there: see run.knn_every")
+            path = directory / checkpoint.name_of(best[0])
+            return path, checkpoint.read(path)
 
 
 def record_evaluation(
@@ -21,5 +44,4 @@ def record_evaluation(
     console.print(f"{run_dir}, {network}", soft_wrap=True)
     console.print(table)
     record = {"network": network, **found, "seconds": round(seconds, 1), "evaluate": cfg.model_dump(mode="json")}
-    with (run_dir / "evaluations.jsonl").open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    append_line(run_dir / "evaluations.jsonl", record)

@@ -152,7 +152,7 @@ def print_plan(plan: Plan, cfg: Config, console: Console) -> None:
         "memory": f"about {_size(total)} a process: weights, optimizer and queue {_size(plan.state_bytes)}, "
         f"activations {_size(plan.activation_bytes)}, "
         f"similarities {_size(plan.logits_bytes)}; images and libraries extra",
-        "output": f"{cfg.run.out_dir}/ (config.yaml, metrics.jsonl, checkpoint.pt, evaluations.jsonl)",
+        "output": f"{cfg.run.out_dir}/ (config.yaml, metrics.jsonl, checkpoints/, evaluations.jsonl)",
     }
     table = Table(title="the run", show_header=False, title_justify="left")
     for name, value in rows.items():

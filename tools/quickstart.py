@@ -38,7 +38,7 @@ def quickstart(
     evaluate: Evaluate,
     views: Callable[[Config, Path], None],
 ) -> None:
-    """Leaves `out` with data/, views.png, config.yaml, metrics.jsonl, checkpoint.pt and summary.json.
+    """Leaves `out` with data/, views.png, config.yaml, metrics.jsonl, checkpoints/ and summary.json.
 
     A directory that an earlier quickstart made is replaced; any other one that is not empty is refused.
     """

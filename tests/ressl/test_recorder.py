@@ -1,14 +1,15 @@
 import io
 import json
 import math
+import resource
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
-from ressl.recorder import NonFiniteLoss, Recorder
-from ressl.run_dir import keep_metrics_until
+from ressl.recorder import BadImages, Recorder
+from ressl.run_dir import keep_metrics_until, lines_of
 
 
 def recorder(out: Path, text: io.StringIO, every: int = 3) -> Recorder:
@@ -47,22 +48,85 @@ def test_values_stay_on_the_device_between_records(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_is_not_recorded_but_raised(value: float, tmp_path: Path) -> None:
-    with recorder(tmp_path, io.StringIO()) as rec, pytest.raises(NonFiniteLoss, match="at step 3: lower optim.lr"):
+def test_a_loss_that_is_not_finite_is_null_in_the_log(value: float, tmp_path: Path) -> None:
+    with recorder(tmp_path, io.StringIO()) as rec:
         rec.step(3, [{"loss": torch.tensor(value)}, {"loss": torch.tensor(1.0)}], lr=0.1)
-    assert not (tmp_path / "metrics.jsonl").exists()
+    (record,) = lines_of(tmp_path / "metrics.jsonl")
+    assert record["loss"] is None and record["lr"] == 0.1
 
 
-def test_evaluations_and_bad_images_are_recorded_and_told(tmp_path: Path) -> None:
+def test_steps_that_were_left_out_are_counted(tmp_path: Path) -> None:
+    with recorder(tmp_path, io.StringIO()) as rec:
+        for step, skipped in ((3, 0), (4, 2)):
+            logs = [{"loss": torch.tensor(1.0), "skipped": torch.tensor(skipped)}] * 2
+            rec.step(step, logs, lr=0.1)
+            assert rec.skipped == skipped
+    assert [record.get("skipped") for record in lines_of(tmp_path / "metrics.jsonl")] == [None, 2]
+
+
+def test_what_is_watched_is_recorded_and_a_warning_told_once(tmp_path: Path) -> None:
+    text = io.StringIO()
+    rec = Recorder(
+        tmp_path, Console(file=text, width=60), every=1, images=10, steps_per_epoch=4, epochs=2,
+        watch=lambda: ({"effective_rank": 1.5}, "the embeddings [/x] collapse"),
+    )  # fmt: skip
+    with rec:
+        for step in (1, 2):
+            rec.step(step, [{"loss": torch.tensor(1.0)}], lr=0.1)
+    assert text.getvalue().count("warning: the embeddings [/x] collapse") == 1
+    records = lines_of(tmp_path / "metrics.jsonl")
+    assert [(r["effective_rank"], r["warning"]) for r in records] == [(1.5, "the embeddings [/x] collapse")] * 2
+
+
+def test_a_full_disk_is_told_once_and_leaves_whole_lines(tmp_path: Path) -> None:
+    text = io.StringIO()
+    with recorder(tmp_path, text, every=1) as rec:
+        rec.step(1, [{"loss": torch.tensor(1.0)}], lr=0.1)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        size = (tmp_path / "metrics.jsonl").stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, hard))  # room for a part of the next line
+        try:
+            for step in (2, 3):
+                rec.step(step, [{"loss": torch.tensor(1.0)}], lr=0.1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        rec.step(4, [{"loss": torch.tensor(1.0)}], lr=0.1)
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 4]
+    said = " ".join(text.getvalue().split())
+    assert said.count("metrics.jsonl: cannot be written") == 1 and "the run goes on without" in said
+
+
+def test_evaluations_are_recorded_and_told(tmp_path: Path) -> None:
     text = io.StringIO()
     with recorder(tmp_path, text) as rec:
-        rec.bad_image("a[/x].jpg: truncated; replaced by b.jpg")
         rec.evaluated(4, {"knn": 0.5}, 2.0)
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["knn"] == 0.5
-    bad = json.loads((tmp_path / "bad_images.jsonl").read_text())
-    assert bad == {"after_step": 0, "rank": 0, "message": "a[/x].jpg: truncated; replaced by b.jpg"}
-    assert "warning: a[/x].jpg: truncated; replaced by b.jpg" in text.getvalue()
     assert "after epoch 1: knn 50.00 %  (2 s)" in text.getvalue()
+
+
+def test_bad_images_are_recorded_and_told_those_before_the_run_is_open_too(tmp_path: Path) -> None:
+    text = io.StringIO()
+    bad = BadImages(tmp_path / "run", Console(file=text, width=60), rank=1)
+    bad.report("a[/x].jpg: truncated; replaced by b.jpg")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    bad.open()
+    bad.after_step = 7
+    bad.report("c.jpg: empty file; replaced by d.jpg")
+    found = lines_of(tmp_path / "run" / "bad_images.jsonl")
+    assert found == [
+        {"after_step": 0, "rank": 1, "message": "a[/x].jpg: truncated; replaced by b.jpg"},
+        {"after_step": 7, "rank": 1, "message": "c.jpg: empty file; replaced by d.jpg"},
+    ]
+    assert "warning: a[/x].jpg: truncated; replaced by b.jpg" in text.getvalue()
+
+
+def test_what_an_interrupted_run_said_of_an_image_is_not_said_twice(tmp_path: Path) -> None:
+    for _ in range(2):
+        bad = BadImages(tmp_path, Console(quiet=True), rank=0)
+        bad.open()
+        bad.report("a.jpg: truncated; replaced by b.jpg")
+    assert len(lines_of(tmp_path / "bad_images.jsonl")) == 1
 
 
 def test_records_after_the_step_gone_on_from_are_dropped_and_a_torn_line_too(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import os
 import re
 import resource
 import shutil
-import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -55,24 +54,6 @@ def whole(folder, tmp_path_factory) -> dict[str, dict[str, bytes]]:
         convert(str(folder), root / "out", to, console=Console(quiet=True), **options)
         found[to] = contents(root / "out")
     return found
-
-
-@pytest.fixture
-def disk(tmp_path) -> Iterator[Callable[[int], Path]]:
-    """Makes a disk of a size in bytes, or gives the one there is another size."""
-    place = tmp_path / "disk"
-
-    def resize(size: int) -> Path:
-        how = ["-o", f"size={size}"] if not place.is_mount() else ["-o", f"remount,size={size}"]
-        place.mkdir(exist_ok=True)
-        done = subprocess.run(["mount", "-t", "tmpfs", *how, "tmpfs", place], capture_output=True, check=False)
-        if done.returncode:
-            pytest.skip("mount is not permitted here")
-        return place
-
-    yield resize
-    if place.is_mount():
-        subprocess.run(["umount", place], check=True)
 
 
 @pytest.fixture

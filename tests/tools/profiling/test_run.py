@@ -88,7 +88,7 @@ def test_it_knows_what_the_parts_need(folder: Profile) -> None:
 
 def test_threads_and_processes_are_counted(folder: Profile) -> None:
     counts = [point.count for point in folder.loader_scaling]
-    assert counts[0] == 1 and counts == sorted(set(counts)) and all(p.images_per_s for p in folder.loader_scaling)
+    assert counts and counts == sorted(set(counts)) and all(p.images_per_s for p in folder.loader_scaling)
     assert folder.machine["threads"] == 1 and folder.others is not None and 0 <= folder.others < 1
     (itself,) = folder.scaling
     assert itself.count == 1 and itself.images_per_s[0] == pytest.approx(16 / folder.runs.real[0])
@@ -197,7 +197,7 @@ def test_slow_views_are_named(tiny: Path, tmp_path: Path) -> None:
 
 def test_a_slow_step_is_named(tiny: Path, tmp_path: Path) -> None:
     found = measure(tiny, "encoder={name: resnet_small, width: 64}", "optim.batch_size=32", out=tmp_path)
-    assert found.verdict.binding == "step" and "the backward pass" in found.verdict.sentence
+    assert found.verdict.binding == "step" and "its largest part is" in found.verdict.sentence
 
 
 @pytest.mark.gpu

@@ -1,0 +1,135 @@
+"""What a run is between two steps: taken for a checkpoint while the run goes on, and put back into a new one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ressl.checkpoint import Checkpoint, CheckpointError, Manifest
+from ressl.guard import Guard
+from ressl.optim import load_optimizer_
+from ressl.runtime import Runtime
+
+STATISTICS = ("running_mean", "running_var")  # the ends of the names of what batch norm keeps, other on each rank
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    saved: Checkpoint
+    copied: torch.cuda.Event | None
+    """When it has happened, the tensors of `saved` are what they are to be; None: they are."""
+
+    def wait(self) -> Checkpoint:
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.saved
+
+
+def take_snapshot(
+    about: Manifest, method: nn.Module, optimizer: torch.optim.Optimizer, guard: Guard, runtime: Runtime
+) -> Snapshot | None:
+    """Called on all ranks between the same two steps; None on others than rank 0. The host does not wait for the
+    device: copies into page-locked memory are queued behind the last step."""
+    state = method.state_dict()
+    own = [value for name, value in state.items() if name.endswith(STATISTICS)]
+    statistics = runtime.collectives.gather(torch.cat([value.flatten() for value in own])[None])  # (ranks, values)
+    random = runtime.collectives.gather(_random_numbers(runtime.device)[None])
+    if not runtime.is_main:
+        return None
+    means = statistics.mean(dim=0).split([value.numel() for value in own])
+    mean = iter(means)
+    model = {
+        name: next(mean).view_as(value) if name.endswith(STATISTICS) else value.contiguous()
+        for name, value in state.items()
+    }
+    training = {
+        "optimizer": optimizer.state_dict(),
+        "scaler": runtime.scaler_state(),
+        "guard": guard.state(),
+        "statistics": statistics,
+        "random": random,
+    }
+    saved = Checkpoint(about, _on_host(model), _on_host(training))
+    copied = None
+    if runtime.device.type == "cuda":
+        copied = torch.cuda.Event()
+        copied.record(torch.cuda.current_stream(runtime.device))
+    return Snapshot(saved, copied)
+
+
+def restore_method_(method: nn.Module, saved: Checkpoint, path: Path) -> None:
+    """Fills student, teacher and queue. Raises CheckpointError where they are of another shape."""
+    try:
+        method.load_state_dict(saved.model)
+    except RuntimeError as error:
+        raise _does_not_fit(path, error) from None
+
+
+def restore_(
+    saved: Checkpoint,
+    path: Path,
+    *,
+    method: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    guard: Guard,
+    runtime: Runtime,
+) -> None:
+    """Makes a run what it was. With as many ranks as then, each gets its own running statistics and random numbers
+    back; otherwise all get the mean of the statistics. Raises CheckpointError."""
+    restore_method_(method, saved, path)
+    try:
+        load_optimizer_(optimizer, saved.training["optimizer"])
+        runtime.load_scaler_state(saved.training["scaler"])
+        guard.load_state(saved.training["guard"])
+        if saved.about.world_size == runtime.world_size:
+            _put_back_(method, saved.training["statistics"][runtime.rank])
+            _set_random_numbers(saved.training["random"][runtime.rank], runtime.device)
+    except (RuntimeError, ValueError, LookupError, TypeError) as error:
+        raise _does_not_fit(path, error) from None
+
+
+def _put_back_(method: nn.Module, statistics: Tensor) -> None:
+    own = [value for name, value in method.state_dict().items() if name.endswith(STATISTICS)]
+    for value, saved in zip(own, statistics.split([value.numel() for value in own]), strict=True):
+        value.copy_(saved.view_as(value))
+
+
+def _random_numbers(device: torch.device) -> Tensor:
+    """The state of torch's generators, (bytes,) uint8: that of the CPU and that of the device. Training draws none of
+    its numbers from them; a method may."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return torch.cat(states).to(device)
+
+
+def _set_random_numbers(states: Tensor, device: torch.device) -> None:
+    cpu = torch.get_rng_state().numel()
+    torch.set_rng_state(states[:cpu].clone())
+    if device.type == "cuda" and states.numel() > cpu:
+        torch.cuda.set_rng_state(states[cpu:].clone(), device)
+
+
+def _on_host(tree: Any) -> Any:
+    """A copy of its own, so that the run may go on and change what it was made from."""
+    match tree:
+        case Tensor() if tree.is_cuda:
+            # strides are kept: an optimizer wants its momenta laid out as its parameters are
+            return torch.empty_like(tree, device="cpu", pin_memory=True).copy_(tree.detach(), non_blocking=True)
+        case Tensor():
+            return tree.detach().clone()
+        case dict():
+            return {key: _on_host(branch) for key, branch in tree.items()}
+        case list() | tuple():
+            return [_on_host(branch) for branch in tree]
+    return tree
+
+
+def _does_not_fit(path: Path, error: Exception) -> CheckpointError:
+    lines: Sequence[str] = str(error).splitlines() or [type(error).__name__]
+    reasons = [line.strip() for line in lines if "size mismatch" in line or "key(s)" in line]
+    reason = (reasons or list(lines))[0][:200]
+    return CheckpointError(f"{path}: does not fit the configured encoder, method and optimizer: {reason}")

@@ -1,0 +1,86 @@
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from ressl import checkpoint
+from ressl.checkpoint import Checkpoint, Manifest, NonFiniteWeights, SaveError
+from ressl.saver import Saver
+from ressl.snapshot import Snapshot
+
+
+def snapshot(step: int, value: float = 1.0) -> Snapshot:
+    about = Manifest(step=step, images=5, data=0, world_size=1, local_ranks=1, device="cpu")
+    return Snapshot(Checkpoint(about, {"w": torch.full((4,), value)}, {"optimizer": {}}), None)
+
+
+def saver(directory: Path, told: list[str], **options) -> Saver:
+    return Saver(directory / "c", keep=2, log=directory / "metrics.jsonl", tell=told.append, **options)
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in (directory / "c").iterdir())
+
+
+def test_it_writes_while_the_run_goes_on_and_keeps_the_newest(tmp_path: Path) -> None:
+    threads = []
+    told: list[str] = []
+    it = saver(tmp_path, told)
+    for step in range(1, 6):
+        it.save(lambda step=step: (threads.append(threading.current_thread()), snapshot(step))[1])
+    it.finish()
+    assert names(tmp_path) == ["step-00000004", "step-00000005"] and it.saved == 5 and told == []
+    assert set(threads) == {threading.main_thread()}  # the copy is made between two steps, the rest is not
+    assert 0 < it.held_s < 60
+
+
+def test_another_rank_writes_nothing(tmp_path: Path) -> None:
+    it = saver(tmp_path, [])
+    it.save(lambda: None)
+    it.finish()
+    assert not (tmp_path / "c").exists() and it.saved == 0
+
+
+def test_a_disk_that_refuses_is_told_and_the_next_save_tries_again(tmp_path: Path) -> None:
+    told: list[str] = []
+    it = saver(tmp_path, told)
+    (tmp_path / "c").touch()  # a file where the directory is to be
+    it.save(lambda: snapshot(1))
+    with pytest.raises(SaveError, match="step-00000001: needs"):
+        it.finish()
+    assert len(told) == 1 and "the run goes on, and tries again at the next checkpoint" in told[0]
+    (tmp_path / "c").unlink()
+    it.save(lambda: snapshot(2))
+    it.finish()
+    assert names(tmp_path) == ["step-00000002"] and it.saved == 1
+
+
+def test_weights_that_are_not_finite_end_the_run_and_what_was_good_stays(tmp_path: Path) -> None:
+    it = saver(tmp_path, [])
+    it.save(lambda: snapshot(1))
+    it.save(lambda: snapshot(2, float("nan")))
+    with pytest.raises(NonFiniteWeights, match="step-00000001 is the last good one"):
+        it.finish()
+    it.close()
+    assert names(tmp_path) == ["step-00000001"]
+
+
+def test_damaged_ones_go_when_there_is_a_new_one_but_not_what_took_their_place(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        checkpoint.write(tmp_path / "c", snapshot(step).saved)
+    damaged = [tmp_path / "c" / f"step-0000000{step}" for step in (2, 3)]
+    it = saver(tmp_path, [], damaged=damaged)
+    it.save(lambda: snapshot(2, 5.0))
+    it.finish()
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+    assert checkpoint.read(damaged[0]).model["w"][0] == 5
+
+
+def test_the_best_stays(tmp_path: Path) -> None:
+    it = saver(tmp_path, [])
+    for step in range(1, 6):
+        it.best = 1
+        it.save(lambda step=step: snapshot(step))
+    it.finish()
+    assert names(tmp_path) == ["step-00000001", "step-00000004", "step-00000005"]
