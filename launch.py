@@ -34,6 +34,7 @@ from rich.console import Console
 from pipelines import build_loaders, check_data
 from pipelines.loader import ViewStream, fused
 from pipelines.placement import settle
+from pipelines.sampler import check_split
 from ressl.batch import Loaders
 from ressl.config import Config
 from ressl.config_file import ConfigError, load_config
@@ -311,7 +312,8 @@ def pretrain(
     check_nodes(nodes, node_rank, rendezvous, gpus or processes)
     ranks, console, allowed = gpus or processes or 1, plain_console(), allow_change or []
     world_size = nodes * ranks
-    if not launched():
+    if not launched():  # what can be told before any process starts
+        check_split(cfg.optim.batch_size, world_size, cfg.optim.accumulate)
         check_run_dir(cfg, allowed)
     if dry_run:
         images = check_data(cfg, preferred_device(cfg.run), world_size)
@@ -344,10 +346,8 @@ def resume(
     max_restarts: MaxRestarts = 0,
     allow_change: AllowChange = None,
 ) -> None:
-    """Goes on with a run from its last checkpoint, with as many processes as it had unless told otherwise.
-
-    The images, their order and their views stay the same with any number of processes.
-    """
+    """Goes on with a run from its last checkpoint, with as many processes as it had, unless told otherwise: with any
+    number the images, their order and their views stay the same."""
     if not config_path(run_dir).is_file():
         raise ConfigError(f"{run_dir}: no run here (there is no config.yaml)")
     given = [*(overrides or []), f"run.out_dir={json.dumps(str(run_dir))}"]

@@ -22,15 +22,7 @@ from torch import Tensor
 
 from pipelines.frames import Frames, host_buffer, read_or_stand_in
 from pipelines.headers import plain_size, read_regular
-from pipelines.images import (
-    BadImage,
-    FolderIndex,
-    decode_image,
-    fit_max_side,
-    fitted_sizes,
-    read_image,
-    scan_folder,
-)
+from pipelines.images import BadImage, FolderIndex, decode_image, fit_max_side, fitted_sizes, read_image, scan_folder
 from pipelines.shards import INDEX, ShardFiles, point_to_shards, read_index
 from ressl.batch import DataError
 
@@ -64,7 +56,7 @@ Item = Encoded | Decoded
 
 class DaliSource:
     """`path` is a folder of images or a directory of shards. Frames are on `device`; what is larger than `max_side` was
-    shrunk there with a cubic filter. Damage that the JPEG decoder passes over is passed over."""
+    shrunk there with a cubic filter. Damage that the JPEG decoder of a GPU passes over is passed over."""
 
     def __init__(
         self,
@@ -269,14 +261,14 @@ class Decoder:
     ) -> None:
         self.batch_size, self.device, self.max_side = batch_size, device, max_side
         self.pipeline = _build_pipeline(batch_size, device, workers, max_side is not None, hw_decoder_load)
-        self.begun: deque[bool] = deque()  # of each batch under way: whether DALI has any image of it
+        self.begun: deque[list[Encoded]] = deque()  # of each batch under way: what DALI has of it
         self.failed: RuntimeError | None = None
         self.held: tuple[Any, torch.cuda.Event] | None = None
 
     def start(self, items: list[Item]) -> None:
         """Takes the encoded images of a batch, at most `batch_size`; what goes wrong is raised by `finish`."""
         encoded = [item for item in items if isinstance(item, Encoded)]
-        self.begun.append(bool(encoded))
+        self.begun.append(encoded)
         if not encoded or self.failed is not None:
             return
         self.failed = RuntimeError("interrupted")  # until all of it has gone well
@@ -301,9 +293,11 @@ class Decoder:
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         self.failed, images = RuntimeError("interrupted"), None
         try:
-            if self.begun.popleft():
+            if encoded := self.begun.popleft():
                 (images,) = self.pipeline.share_outputs(cuda_stream=stream)
                 self.pipeline.release_outputs()
+                if stream is None:
+                    _refuse_early_ends(images, encoded)
         except RuntimeError as error:
             self.failed = error
             raise
@@ -338,6 +332,17 @@ class Decoder:
         if self.held is not None:
             self.held[1].synchronize()  # of the batch before: it has long been copied
             self.held = None
+
+
+def _refuse_early_ends(images: Any, encoded: list[Encoded]) -> None:
+    """Raises RuntimeError for an image whose data end before its pixels do: the CPU's decoder makes the rest grey."""
+    for number, item in enumerate(encoded):
+        last = np.asarray(images[number])[-1, -1]
+        if abs(last @ (0.299, 0.587, 0.114) - 128) < 1.5:
+            try:
+                decode_image(item.data.tobytes())
+            except BadImage as bad:
+                raise RuntimeError(str(bad)) from None
 
 
 def release_memory() -> None:

@@ -77,6 +77,8 @@ class ResidentSource:
                 raise
             raise DataError(demand.no_memory()) from None
         self.size = held.size.numpy()
+        if isinstance(source, _FileImages):
+            source.check_unchanged()
         del source
         if (path / INDEX).exists():  # the decoder was DALI, whose memory would stay on the device
             from pipelines.dali_source import release_memory
@@ -146,7 +148,7 @@ def open_tensor_file(path: Path) -> TensorFile:
             f"{path}: not a file that data.source.name=resident takes; give a .safetensors file "
             "(`convert --to tensor`), a .beton file, a folder of images or a directory of shards with its index"
         )
-    return read_tensor_file(path)
+    return read_tensor_file(path, sealed=True)
 
 
 class _FileImages:
@@ -154,7 +156,12 @@ class _FileImages:
 
     def __init__(self, file: TensorFile) -> None:
         self.file, self.labels, self.classes = file, file.label.numpy().copy(), file.classes
-        self.index = file.index.numpy().copy()
+        self.index, self.written = file.index.numpy().copy(), file.path.stat().st_mtime_ns
+
+    def check_unchanged(self) -> None:
+        """The file is mapped: what was written to it meanwhile may be among what was read."""
+        if not self.file.path.exists() or self.file.path.stat().st_mtime_ns != self.written:
+            raise DataError(f"{self.file.path}: changed while it was read; start again")
 
     def stream(self, batches: Iterable[np.ndarray], *, salt: int) -> Iterator[Frames]:
         file = self.file

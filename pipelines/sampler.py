@@ -45,12 +45,7 @@ class Sampler:
     order: Order = None
 
     def __post_init__(self) -> None:
-        parts = self.world_size * self.accumulate
-        if self.batch_size % parts:
-            raise DataError(
-                f"optim.batch_size={self.batch_size} does not split over {self.world_size} processes x "
-                f"optim.accumulate={self.accumulate}: choose a multiple of {parts}"
-            )
+        check_split(self.batch_size, self.world_size, self.accumulate)
         if self.num_images < self.batch_size:
             raise DataError(
                 f"{self.num_images:,} images are fewer than one batch of optim.batch_size={self.batch_size:,} "
@@ -91,6 +86,16 @@ class Sampler:
                 mixed = [s[order[:taken]] for s, order in zip(shards, orders, strict=True)]
                 steps = [part.reshape(self.steps_per_epoch, self.batch_size // count) for part in mixed]
                 return np.concatenate(steps, axis=1).reshape(-1)
+
+
+def check_split(batch_size: int, world_size: int, accumulate: int) -> None:
+    """Raises DataError where a batch cannot be shared out over ranks and micro-batches."""
+    parts = world_size * accumulate
+    if batch_size % parts:
+        raise DataError(
+            f"optim.batch_size={batch_size} does not split over {world_size} processes x "
+            f"optim.accumulate={accumulate}: choose a multiple of {parts}"
+        )
 
 
 def permutation(count: int, seed: int, epoch: int) -> np.ndarray:

@@ -32,7 +32,7 @@ class FfcvSource(Section):
     val: UserPath | None = None
     workers: Workers = 0
     cache: Literal["os", "process"] = "os"
-    """os: the file is mapped, and the system keeps what fits into memory. process: threads read the pages that
+    """os: each image is read where it is decoded, and the system keeps what fits into memory. process: threads read the pages that
     the next batches need and forget them after; for files larger than memory, with `shuffle: blocks`."""
 
 

@@ -22,7 +22,7 @@ START = 4.0  # so many times as long may pass before the first step: kernels are
 GRACE_S = 2.0  # for the other ranks to leave their stacks too
 STDERR = 2
 LOCKED_S = 6.0  # after which faulthandler takes over
-FROZEN_S = 2.5  # watchdogs look once a second, or more often
+FROZEN_S = 4.0  # watchdogs look once a second, or more often
 
 Stage = Literal["start", "data", "step", "saving", "evaluation"]
 WORDS: dict[Stage, str] = {

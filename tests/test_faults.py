@@ -29,7 +29,7 @@ class Run:
         fault, began = {"what": what, "rank": 1, "steps": steps}, time.monotonic()
         given = [f"run.out_dir={self.out}", f"run.hang_timeout={LIMIT}", "run.checkpoint.steps=2", *overrides]
         pids = forked_ranks.start(config, *given, log=log, fault=fault)
-        self.codes = forked_ranks.wait(pids[:1]) + forked_ranks.wait(pids[1:], seconds=5)
+        self.codes = forked_ranks.wait(pids[:1]) + forked_ranks.wait(pids[1:], seconds=5 if what == "freeze" else 60)
         self.seconds, self.said = time.monotonic() - began, log.read_text()
 
     @property

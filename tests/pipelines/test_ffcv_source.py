@@ -121,49 +121,6 @@ def test_an_epoch_that_is_left_early_leaves_no_reader(paged, batches):
     assert set(threading.enumerate()) == before
 
 
-@pytest.mark.parametrize("cache", ["os", "process"])
-def test_a_file_that_is_removed_between_epochs_stops_the_run(paged, tmp_path, cache):
-    path = tmp_path / "moved.beton"
-    path.write_bytes(paged.read_bytes())
-    source = open_source(path, cache=cache)
-    path.unlink()
-    with pytest.raises(DataError, match=r"moved\.beton: gone since the run began"):
-        list(source.stream(blocks(2, 3), salt=0))
-
-
-@pytest.mark.parametrize("cache", ["os", "process"])
-def test_a_file_that_is_replaced_between_epochs_stops_the_run(paged, tmp_path, cache):
-    path = tmp_path / "swapped.beton"
-    path.write_bytes(paged.read_bytes())
-    source = open_source(path, cache=cache)
-    (tmp_path / "other").write_bytes(paged.read_bytes())
-    (tmp_path / "other").rename(path)
-    with pytest.raises(DataError, match=r"swapped\.beton: changed since the run began"):
-        list(source.stream(blocks(2, 3), salt=0))
-
-
-@pytest.mark.parametrize("cache", ["os", "process"])
-def test_a_file_that_is_replaced_in_an_epoch_is_read_to_the_epochs_end(paged, tmp_path, cache):
-    path = tmp_path / "swapped.beton"
-    path.write_bytes(paged.read_bytes())
-    epoch, order = open_source(path, cache=cache).stream(blocks(2, 3), salt=0), blocks(2, 3)
-    seen = [next(epoch)]
-    path.unlink()
-    path.write_bytes(bytes(100))
-    seen += list(epoch)
-    assert [image_of(f, row).mean() for f in seen for row in range(4)] == np.concatenate(order).tolist()
-
-
-def test_a_file_that_is_cut_in_an_epoch_stops_the_run_that_reads_pages(paged, tmp_path):
-    path = tmp_path / "cut.beton"
-    path.write_bytes(paged.read_bytes())
-    epoch = open_source(path, cache="process").stream(blocks(2, 3), salt=0)
-    next(epoch)
-    os.truncate(path, 3 * PAGE)
-    with pytest.raises(DataError, match=r"cut\.beton: ends at byte .*: it was cut since the run began"):
-        list(epoch)
-
-
 def test_an_epoch_of_no_batches_is_empty(paged):
     for cache in ("os", "process"):
         assert list(open_source(paged, cache=cache).stream([], salt=0)) == []

@@ -201,3 +201,15 @@ def test_a_tensor_file_that_is_damaged_or_missing_is_told_as_before(tmp_path):
         with pytest.raises(DataError, match=re.escape(f"{path}: {reason}")):
             ResidentSource(path, Config(name="resident", train=path), CPU)
         path.write_bytes(b"0123456789" * 10)
+
+
+def test_a_tensor_file_that_is_written_to_while_it_is_read_is_not_held(converted, tmp_path):
+    path = tmp_path / "train.safetensors"
+    path.write_bytes(converted("tensor", "train.safetensors").read_bytes())
+
+    def write_again(done: int, count: int) -> None:
+        with path.open("r+b") as file:
+            file.write(b"other")
+
+    with pytest.raises(DataError, match=re.escape(f"{path}: changed while it was read; start again")):
+        ResidentSource(path, Config(name="resident", train=path), CPU, progress=write_again)
