@@ -32,8 +32,8 @@ class FfcvSource(Section):
     val: UserPath | None = None
     workers: Workers = 0
     cache: Literal["os", "process"] = "os"
-    """os: each image is read where it is decoded, and the system keeps what fits into memory. process: threads read the pages that
-    the next batches need and forget them after; for files larger than memory, with `shuffle: blocks`."""
+    """os: each image is read where it is decoded, and the system keeps what fits into memory. process: threads read the
+    pages that the next batches need and forget them after; for files larger than memory, with `shuffle: blocks`."""
 
 
 class FolderSource(Section):

@@ -1,8 +1,8 @@
 """Run by test_interrupted.py and test_faults.py: forks the ranks of runs, with a fault in one of them if asked for.
 
-torch is imported once for all of them, so that a run of two ranks starts in a fraction of a second. Reads lines of JSON:
-{"start": {"config", "overrides", "ranks", "log", "fault"}} answers the process ids; {"wait": [pid, ...], "seconds": s}
-answers their exit codes, None for one that has not ended within that time and was killed.
+torch is imported once for all of them, so that a run of two ranks starts in a fraction of a second. Reads lines of
+JSON: {"start": {"config", "overrides", "ranks", "log", "fault"}} answers the process ids; {"wait": [pid, ...],
+"seconds": s} answers their exit codes, None for one that has not ended within that time and was killed.
 """
 
 import json

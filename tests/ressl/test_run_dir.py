@@ -23,32 +23,34 @@ from ressl.run_dir import (
 # every key of a config, in one of two lists: a new one has to be put into one of them
 
 # of what is computed, or of what it is computed from
-FIXED = """
-    data.block data.mean data.on_corrupt data.shuffle data.source.classes data.source.height
-    data.source.hw_decoder_load data.source.images data.source.max_side data.source.name data.source.pixels
-    data.source.shards data.source.train data.source.width data.std data.window encoder.batchnorm.groups
-    encoder.batchnorm.name encoder.blocks encoder.name encoder.stem encoder.width method.embed_dim
-    method.hidden_dim method.loss_precision method.name method.queue_dtype method.queue_size
-    method.student_temperature method.teacher_momentum method.teacher_momentum_end method.teacher_temperature
-    optim.accumulate optim.batch_size optim.betas optim.epochs optim.eps optim.final_lr optim.lr
-    optim.lr_scaling optim.momentum optim.name optim.nesterov optim.no_decay optim.trust_coefficient
-    optim.warmup_epochs optim.warmup_lr optim.weight_decay run.gradient_compression run.precision run.seed
-    views.progressive.multiple views.progressive.start views.progressive.until views.strong views.weak.blur_prob
-    views.weak.blur_sigma views.weak.crop_ratio views.weak.crop_scale views.weak.flip_prob
-    views.weak.grayscale_prob views.weak.jitter views.weak.jitter_prob views.weak.randaugment views.weak.size
-    views.weak.solarize_prob
-""".split()
+FIXED = [
+    "data.block", "data.mean", "data.on_corrupt", "data.shuffle", "data.source.classes", "data.source.height",
+    "data.source.hw_decoder_load", "data.source.images", "data.source.max_side", "data.source.name",
+    "data.source.pixels", "data.source.shards", "data.source.train", "data.source.width", "data.std", "data.window",
+    "encoder.batchnorm.groups", "encoder.batchnorm.name", "encoder.blocks", "encoder.name", "encoder.stem",
+    "encoder.width", "method.embed_dim", "method.hidden_dim", "method.loss_precision", "method.name",
+    "method.queue_dtype", "method.queue_size", "method.student_temperature", "method.teacher_momentum",
+    "method.teacher_momentum_end", "method.teacher_temperature", "optim.accumulate", "optim.batch_size",
+    "optim.betas", "optim.epochs", "optim.eps", "optim.final_lr", "optim.lr", "optim.lr_scaling", "optim.momentum",
+    "optim.name", "optim.nesterov", "optim.no_decay", "optim.trust_coefficient", "optim.warmup_epochs",
+    "optim.warmup_lr", "optim.weight_decay", "run.gradient_compression", "run.precision", "run.seed",
+    "views.progressive.multiple", "views.progressive.start", "views.progressive.until", "views.strong",
+    "views.weak.blur_prob", "views.weak.blur_sigma", "views.weak.crop_ratio", "views.weak.crop_scale",
+    "views.weak.flip_prob", "views.weak.grayscale_prob", "views.weak.jitter", "views.weak.jitter_prob",
+    "views.weak.randaugment", "views.weak.size", "views.weak.solarize_prob",
+]  # fmt: skip
 
 # of how it is computed, shown or kept
-MAY_CHANGE = """
-    data.placement data.prefetch data.source.budget_gb data.source.cache data.source.memory data.source.val
-    data.source.workers evaluate.batch_size evaluate.knn.k evaluate.knn.temperature evaluate.linear.batch_size
-    evaluate.linear.crop_scale evaluate.linear.crops evaluate.linear.epochs evaluate.linear.lr
-    evaluate.linear.momentum evaluate.linear.nesterov evaluate.linear.schedule evaluate.resize evaluate.size
-    method.loss_impl run.checkpoint.epochs run.checkpoint.keep run.checkpoint.minutes run.checkpoint.steps
-    run.compile run.cuda_graphs run.device run.hang_timeout run.knn_every run.log_every run.out_dir
-    run.skip_limit run.tensorboard views.impl
-""".split()
+MAY_CHANGE = [
+    "data.placement", "data.prefetch", "data.source.budget_gb", "data.source.cache", "data.source.memory",
+    "data.source.val", "data.source.workers", "evaluate.batch_size", "evaluate.knn.k", "evaluate.knn.temperature",
+    "evaluate.linear.batch_size", "evaluate.linear.crop_scale", "evaluate.linear.crops", "evaluate.linear.epochs",
+    "evaluate.linear.lr", "evaluate.linear.momentum", "evaluate.linear.nesterov", "evaluate.linear.schedule",
+    "evaluate.resize", "evaluate.size", "method.loss_impl", "run.checkpoint.epochs", "run.checkpoint.keep",
+    "run.checkpoint.minutes", "run.checkpoint.steps", "run.compile", "run.cuda_graphs", "run.device",
+    "run.hang_timeout", "run.knn_every", "run.log_every", "run.out_dir", "run.skip_limit", "run.tensorboard",
+    "views.impl",
+]  # fmt: skip
 
 
 def sections(kind: Any) -> list[type[Section]]:
@@ -105,7 +107,7 @@ def test_a_change_of_each_key_is_refused_or_let_pass(tiny_config: Path) -> None:
             node = node.get(part) if isinstance(node, dict) else None
         if not isinstance(node, dict) or leaf not in node or leaf == "name" or leaf == "strong":
             continue  # of a section that this config does not have
-        value = OTHER.get(key, None) if key in OTHER else other(node[leaf])
+        value = OTHER[key] if key in OTHER else other(node[leaf])
         changed = base.model_dump(mode="json")
         node = changed
         for part in path:
