@@ -60,7 +60,7 @@ from tools.profiling.report import print_profile, write_profile
 from tools.profiling.run import profile as take_profile
 from tools.quickstart import quickstart as run_quickstart
 from tools.resuming import newest_manifest, processes_of
-from tools.terminal import plain_console, prepare_terminal
+from tools.terminal import plain_console, prepare_terminal, settle_streams
 from tools.verify import verify as verify_data
 
 HELP = """Relational self-supervised learning: prepare images, pretrain an encoder, evaluate it.
@@ -379,7 +379,7 @@ def evaluate(
     cfg = load_config(config_path(run_dir), [*(overrides or []), *forced])
     console, started = plain_console(), time.perf_counter()
     found = evaluate_run(cfg, console, network=network, knn=knn, linear=linear, untrained=untrained, which=which)
-    name = "untrained" if untrained else network
+    name = "untrained" if untrained else f"{network} of the {which} checkpoint"
     record_evaluation(run_dir, name, found, cfg.evaluate, time.perf_counter() - started, console)
 
 
@@ -392,7 +392,7 @@ def doctor() -> None:
 def main() -> int:
     """Runs the verb that was asked for. A person's mistake ends in one message and a code, never in a traceback."""
     prepare_terminal()
-    return exit_code(app)
+    return settle_streams(exit_code(app))
 
 
 if __name__ == "__main__":

@@ -113,7 +113,9 @@ def flat_statistics_(module: nn.Module) -> Tensor | None:
     flat = torch.cat([statistic.flatten() for statistic in found])
     views = iter(flat.split([statistic.numel() for statistic in found]))
     for layer in layers:
-        layer.running_mean, layer.running_var = next(views), next(views)
+        # .data: each counts its changes apart. A compiled block keeps one for its backward pass, and would take
+        # a change of the next layer's for one of its own.
+        layer.running_mean, layer.running_var = next(views).data, next(views).data
     return flat
 
 

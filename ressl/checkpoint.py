@@ -9,6 +9,7 @@ Written under another name, flushed, and renamed: a run that is killed leaves no
 new one is whole are older ones removed. Ours, not accelerate's save_state, which removes the old one first.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -16,7 +17,6 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,10 +93,11 @@ def write(directory: Path, saved: Checkpoint) -> Path:
         part.rename(path)
         _flush(directory)
     except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
         needed = sum(len(content) for content in files.values()) / 2**20
-        with suppress(OSError):
-            shutil.rmtree(part, ignore_errors=True)
-        raise SaveError(f"{path}: needs {needed:,.1f} MiB, {_free(directory)}: {error.strerror}") from None
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        why = f"needs {needed:,.1f} MiB, {_free(directory)}" if full else "cannot be written"
+        raise SaveError(f"{path}: {why}: {error.strerror}") from None
     return path
 
 
@@ -114,13 +115,13 @@ def _remove(path: Path) -> None:
     if path.exists():
         aside = path.with_name(MAKING + "old-" + path.name)
         path.rename(aside)
-        shutil.rmtree(aside)
+        shutil.rmtree(aside, ignore_errors=True)  # what is left goes with the next save
 
 
 def _clear(directory: Path) -> None:
     """Removes what a killed run was writing or removing."""
     for path in directory.glob(f"{MAKING}*"):
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _write(path: Path, content: memoryview) -> str:
@@ -140,6 +141,9 @@ def _flush(directory: Path) -> None:
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:  # some network file systems know no such thing
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
     finally:
         os.close(handle)
 
@@ -246,6 +250,8 @@ def _read_manifest(path: Path) -> tuple[Manifest, dict[str, Any]]:
             raise CheckpointError(f"{path}: checkpoint format {version}, this build reads {FORMAT}")
         sums = dict(fields.pop("files"))
         said = Manifest(**fields)
+        if not all(type(fields[name]) is (str if name == "device" else int) for name in Manifest.__slots__):
+            raise TypeError("its fields are of other types")
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise

@@ -44,8 +44,6 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         # a tuple whose only item is wrong is also reported as too short: keep the inner problem alone
         outer = {e["loc"][:length] for e in found for length in range(len(e["loc"]))}
         inner = [e for e in found if e["loc"] not in outer]
-    except RuntimeError:  # from Path.expanduser
-        raise ConfigError(f"{path}: a path begins with ~ and a name that no user here has; write it out") from None
     if total := len(problems) + len(inner):
         lines = [*problems, *(_describe(e, raw) for e in inner[:MAX_LINES])][:MAX_LINES]
         lines += [f"and {total - MAX_LINES:,} more"] if total > MAX_LINES else []

@@ -10,7 +10,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 def _expand(path: Path) -> Path:
     if "\0" in str(path):
         raise ValueError("a path without NUL bytes")
-    return Path(os.path.expandvars(os.path.expanduser(path)))  # noqa: PTH111 - which takes an unknown ~name as it is
+    try:
+        return Path(os.path.expandvars(path.expanduser()))
+    except RuntimeError:
+        raise ValueError("a path whose ~name is a user of this machine") from None
 
 
 UserPath = Annotated[Path, AfterValidator(_expand)]

@@ -24,7 +24,7 @@ from ressl.evals.protocol import check_probes, evaluate
 from ressl.guard import NonFiniteRun
 from ressl.method import AnyMethod
 from ressl.recorder import BadImages, Recorder
-from ressl.run_dir import checkpoints_path, keep_metrics_until, lines_of, make_run_dir, metrics_path
+from ressl.run_dir import accept_changes, checkpoints_path, keep_metrics_until, lines_of, make_run_dir, metrics_path
 from ressl.runtime import Runtime
 from ressl.saver import Saver
 from ressl.snapshot import restore_, take_snapshot
@@ -66,7 +66,9 @@ def pretrain(
         bad_images.open()
         start_step, damaged = _go_on(cfg, runtime, loaders, take_step, tell)
         if runtime.is_main:
+            _set_log_aside(out_dir, start_step, tell)
             keep_metrics_until(out_dir, start_step)
+            accept_changes(cfg, allowed)
             for line in [*remarks, *([f"going on after step {start_step:,}"] if start_step else [])]:
                 console.print(line, soft_wrap=True)
         runtime.wait_for_everyone()
@@ -85,6 +87,7 @@ def pretrain(
             loader = Supervised(loaders.train, runtime, watchdog)
             step = train(take_step, loader, recorder, cfg.optim, start_step=start_step, on_step=between)
             between.votes.hear(2)  # the last ones, which change nothing
+            watchdog.at("saving")
             saver.finish()
     if between.stopping:
         again = f"python launch.py resume {quote(str(out_dir))}"
@@ -151,6 +154,17 @@ def _go_on(
     return step, found[2] if found else []
 
 
+def _set_log_aside(out_dir: Path, start_step: int, tell: Callable[[str], None]) -> None:
+    """A run that begins anew where there is a log does not write over it."""
+    log = metrics_path(out_dir)
+    if start_step == 0 and (count := len(lines_of(log))):
+        aside = log.with_name("metrics.old.jsonl")
+        log.replace(aside)
+        tell(
+            f"{out_dir}: a log of {count:,} records but no checkpoint: the run begins anew, and the log is {aside.name}"
+        )
+
+
 def _check_data(saved: Checkpoint, path: Path, loaders: Loaders, cfg: Config) -> None:
     """Another data set has another order: the same run cannot go on with it."""
     images = loaders.probes.count("train")
@@ -206,9 +220,10 @@ class Between:
         )
         self.start_step, self.steps_per_epoch = start_step, loaders.train.steps_per_epoch
         self.votes, self.stopping = runtime.votes(), False
-        self.skipped = int(take_step.guarded.skipped)  # before this process began
+        self.skipped = recorder.skipped = int(take_step.guarded.skipped)  # before this process began
         self.best = best_evaluation(cfg.run.out_dir)
         saver.best = self.best[0] if self.best else None
+        self.saved_at = start_step  # the step of the last checkpoint
         self.began = self.last_save = time.perf_counter()
 
     def __call__(self, step: int) -> bool:
@@ -220,17 +235,15 @@ class Between:
             average_statistics_(self.take_step.method, self.runtime.collectives)
         if self.recorder.skipped - self.skipped > self.cfg.run.skip_limit:
             raise NonFiniteRun(self._not_finite())
-        late = self.cfg.run.checkpoint.minutes and time.perf_counter() - self.last_save > 60 * self._minutes
-        self.stopping, by_the_clock = self.votes.cast(self.stop.asked is not None, bool(late) and self.runtime.is_main)
-        if self.stopping or by_the_clock or self._due(step):
+        seconds = 60 * self.cfg.run.checkpoint.minutes
+        late = self.runtime.is_main and 0 < seconds < time.perf_counter() - self.last_save
+        self.stopping, by_the_clock = self.votes.cast(self.stop.asked is not None, late)
+        # what rank 0 wished before it had saved is heard after it has
+        if self.stopping or self._due(step) or (by_the_clock and step - self.saved_at > self.votes.delay):
             self._save(step)
         if within == 0 and not self.stopping and self._evaluates(epochs):
             self._evaluate(step)
         return self.stopping
-
-    @property
-    def _minutes(self) -> float:
-        return self.cfg.run.checkpoint.minutes
 
     def _due(self, step: int) -> bool:
         epochs, within = divmod(step, self.steps_per_epoch)
@@ -254,7 +267,7 @@ class Between:
                 about, self.take_step.method, self.take_step.plain, self.take_step.guarded, runtime
             )
         )  # fmt: skip
-        self.last_save = time.perf_counter()
+        self.saved_at, self.last_save = step, time.perf_counter()
         self.watchdog.at("step")
 
     def _evaluates(self, epochs: int) -> bool:
@@ -281,7 +294,7 @@ class Between:
             found = evaluate(
                 backbone, probes, self.cfg.evaluate, linear=False, gather=self.runtime.gather_rows
             )  # fmt: skip
-        if self.best is None or found["knn"] > self.best[1]:
+        if self.saved_at == step and (self.best is None or found["knn"] > self.best[1]):
             self.best = step, found["knn"]
             self.saver.best = step
         self.recorder.evaluated(step, found, time.perf_counter() - started)
@@ -305,7 +318,9 @@ def best_evaluation(out_dir: Path) -> tuple[int, float] | None:
     records = [
         (record["step"], record["knn"])
         for record in lines_of(metrics_path(out_dir))
-        if isinstance(record.get("knn"), float) and checkpoint.name_of(record["step"]) in there
+        if isinstance(record.get("knn"), float)
+        and isinstance(record.get("step"), int)
+        and checkpoint.name_of(record["step"]) in there
     ]
     return max(records, key=lambda record: record[1], default=None)
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import socket
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +25,7 @@ FREE = (
     "run.skip_limit", "run.tensorboard", "views.impl",
 )  # fmt: skip
 LOCK = ".lock"
+FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk
 
 
 class RunDirError(ValueError):
@@ -85,20 +87,30 @@ def check_run_dir(cfg: Config, allowed: Sequence[str] = ()) -> dict[str, tuple[A
 
 
 def make_run_dir(cfg: Config, allowed: Sequence[str] = ()) -> TextIO:
-    """Makes the directory, writes the resolved config into it, and locks it until the returned file is closed. What
-    differs from a run that is there, and was `allowed`, goes to its log."""
+    """Makes the directory, writes the resolved config into it, and locks it until the returned file is closed. Where
+    `allowed` keys differ from the run that is there, its config stays until `accept_changes`."""
     changed = check_run_dir(cfg, allowed)
     out_dir = cfg.run.out_dir
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         held = lock(out_dir / LOCK)
-        save_config(cfg, config_path(out_dir))
-        if changed:
-            changes = {key: {"from": old, "to": new} for key, (old, new) in changed.items()}
-            append_line(out_dir / "changes.jsonl", {"changed": changes})
+        if not changed:
+            save_config(cfg, config_path(out_dir))
     except OSError as error:
+        if error.errno in FULL:
+            raise OSError(error.errno, error.strerror, str(out_dir)) from None
         raise RunDirError(f"run.out_dir={out_dir} cannot be made or written: {error.strerror}") from None
     return held
+
+
+def accept_changes(cfg: Config, allowed: Sequence[str]) -> None:
+    """The run has been gone on with: what differs, and was `allowed`, is its config now, and stands in its log of
+    changes."""
+    changed = check_run_dir(cfg, allowed)
+    if changed:
+        changes = {key: {"from": old, "to": new} for key, (old, new) in changed.items()}
+        append_line(cfg.run.out_dir / "changes.jsonl", {"changed": changes})
+        save_config(cfg, config_path(cfg.run.out_dir))
 
 
 def _side_by_side(differing: dict[str, tuple[Any, Any]]) -> str:
@@ -122,6 +134,11 @@ def lock(path: Path) -> TextIO:
         who = held.read().strip() or "another process"
         held.close()
         raise RunDirError(f"{path.parent} is in use by {who}") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise
+        text = f"{path.parent} cannot be locked on this file system: see that no other run writes there"
+        print(f"ressl: warning: {text}", file=sys.stderr)
     held.truncate(0)
     held.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     held.flush()
@@ -166,7 +183,13 @@ def keep_metrics_until(out_dir: Path, step: int) -> None:
 def _keep(path: Path, records: list[dict[str, Any]]) -> None:
     if path.exists():
         part = path.with_name(path.name + ".part")
-        part.write_text("".join(json.dumps(record) + "\n" for record in records))
+        try:
+            with part.open("w") as file:
+                file.write("".join(json.dumps(record) + "\n" for record in records))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(part)) from None
         part.replace(path)
 
 

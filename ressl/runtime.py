@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ressl.collectives import Collectives, alone
 from ressl.config import RunConfig
+from ressl.watchdog import START
 
 
 class MachineError(RuntimeError):
@@ -50,10 +51,12 @@ class Runtime:
         # broadcast_buffers=False: batch norm's statistics belong to each rank, and the queues agree without a broadcast
         hook = DDPCommunicationHookType.BF16 if cfg.gradient_compression == "bf16" else DDPCommunicationHookType.NO
         self._ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True, comm_hook=hook)
+        # ranks wait for each other longer than the watchdog does, which knows more of why
+        self._patience = timedelta(seconds=(START + 1) * cfg.hang_timeout) if cfg.hang_timeout else timedelta(days=365)
         self._accelerator = Accelerator(
             cpu=cpu,
             mixed_precision=cfg.precision if cfg.precision in ("bf16", "fp16") else "no",
-            kwargs_handlers=[self._ddp, *_patience(cfg)],
+            kwargs_handlers=[self._ddp, *([InitProcessGroupKwargs(timeout=self._patience)] if launched() else [])],
             log_with="tensorboard" if cfg.tensorboard else None,
             project_dir=str(cfg.out_dir) if cfg.tensorboard else None,
         )
@@ -127,7 +130,7 @@ class Runtime:
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     def votes(self) -> "Votes":
-        return Votes(self.world_size)
+        return Votes(self.world_size, self._patience)
 
     def wait_for_everyone(self) -> None:
         self._accelerator.wait_for_everyone()
@@ -148,8 +151,11 @@ class Votes:
     """What any rank wishes, known to all of them at the same step. Nobody waits: a wish is heard one step later, when
     the others have cast theirs too. Travels between the hosts; the device has no part in it."""
 
-    def __init__(self, world_size: int) -> None:
-        self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if world_size > 1 else None
+    def __init__(self, world_size: int, patience: timedelta) -> None:
+        self.delay = 1 if world_size > 1 else 0  # steps until a wish is heard
+        self._group: dist.ProcessGroup | None = None
+        if world_size > 1:
+            self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=patience))
         self._posted: tuple[dist.Work, Tensor] | None = None
 
     def cast(self, *wishes: bool) -> tuple[bool, ...]:
@@ -176,13 +182,6 @@ class Votes:
 def preferred_device(cfg: RunConfig) -> torch.device:
     """Where a run of this config computes on this machine."""
     return torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def _patience(cfg: RunConfig) -> list[InitProcessGroupKwargs]:
-    """How long a rank waits for the others: longer than the watchdog, which knows more of why, but not for ever."""
-    if not cfg.hang_timeout or not launched():
-        return []
-    return [InitProcessGroupKwargs(timeout=timedelta(seconds=max(60.0, 2 * cfg.hang_timeout)))]
 
 
 def _keep_freed_memory() -> None:

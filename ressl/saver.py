@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ressl import checkpoint
-from ressl.checkpoint import NonFiniteWeights, SaveError
+from ressl.checkpoint import SaveError
 from ressl.snapshot import Snapshot
 
 
@@ -16,9 +16,9 @@ class Saver:
     """One checkpoint at a time: the next waits until the one before is written.
 
     A disk that refuses does not end the run: `tell` is told, the last good checkpoint stays, and the next save tries
-    again. Weights that are not finite end it: NonFiniteWeights comes out of the next call. `damaged` are checkpoints
-    that could not be read; they go when the first new one is there. `log` is flushed before each checkpoint, so that it
-    never knows less.
+    again. Weights that are not finite end it: NonFiniteWeights comes out of the next call, as does what no one foresaw.
+    `damaged` are checkpoints that could not be read; they go when the first new one is there. `log` is flushed before
+    each checkpoint, so that it never knows less.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class Saver:
         self.saved = 0  # checkpoints written
         self.held_s = 0.0  # seconds that the run waited for checkpoints: for copies of its state, and for older ones
         self.failed: SaveError | None = None  # of the last one
-        self._broken: NonFiniteWeights | None = None
+        self._broken: BaseException | None = None
         self._thread: threading.Thread | None = None
 
     def save(self, take: Callable[[], Snapshot | None]) -> None:
@@ -51,8 +51,8 @@ class Saver:
 
     def close(self) -> None:
         """Waits for what is being written, whatever becomes of it."""
-        with suppress(NonFiniteWeights):
-            self._join()
+        if self._thread is not None:
+            self._thread.join()
 
     def _join(self) -> None:
         if self._thread is not None:
@@ -70,13 +70,18 @@ class Saver:
             gone = [path for path in self.damaged if path != written]  # it may have taken the place of one
             checkpoint.prune(self.directory, keep=self.keep, best=self.best, damaged=gone)
             self.damaged = ()
-        except NonFiniteWeights as error:
-            self._broken = error
         except SaveError as error:
-            self.failed = error
-            self.tell(f"{error}; the run goes on, and tries again at the next checkpoint")
+            self._refused(error)
+        except MemoryError:
+            self._refused(SaveError(f"{self.directory}: no memory for the copy of a checkpoint"))
         except OSError as error:  # of those that are to go
             self.tell(f"{self.directory}: an old checkpoint cannot be removed: {error.strerror}")
+        except BaseException as error:  # not swallowed: the run raises it
+            self._broken = error
+
+    def _refused(self, error: SaveError) -> None:
+        self.failed = error
+        self.tell(f"{error}; the checkpoints before it stay, and the next one is tried")
 
 
 def _flush(path: Path) -> None:

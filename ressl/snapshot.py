@@ -32,7 +32,7 @@ def take_snapshot(
     about: Manifest, method: nn.Module, optimizer: torch.optim.Optimizer, guard: Guard, runtime: Runtime
 ) -> Snapshot | None:
     """Called on all ranks between the same two steps; None on others than rank 0. The host does not wait for the
-    device: copies into page-locked memory are queued behind the last step."""
+    device, but in fp16 for its scale: copies into page-locked memory are queued behind the last step."""
     state = method.state_dict()
     own = [value for name, value in state.items() if name.endswith(STATISTICS)]
     statistics = runtime.collectives.gather(torch.cat([value.flatten() for value in own])[None])  # (ranks, values)
@@ -103,7 +103,8 @@ def _random_numbers(device: torch.device) -> Tensor:
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
-    return torch.cat(states).to(device)
+    joined = torch.cat(states)
+    return joined.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else joined
 
 
 def _set_random_numbers(states: Tensor, device: torch.device) -> None:

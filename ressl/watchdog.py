@@ -20,6 +20,7 @@ from typing import Literal, Self, TypeVar
 T = TypeVar("T")
 START = 4.0  # so many times as long may pass before the first step: kernels are compiled, buffers filled
 GRACE_S = 2.0  # for the other ranks to leave their stacks too
+STOPPED_S = 2.0  # if the watchdog looks so much later than it should, its process was stopped, or had no processor
 STDERR = 2
 LOCKED_S = 6.0  # after which faulthandler takes over
 FROZEN_S = 4.0  # watchdogs look once a second, or more often
@@ -63,7 +64,7 @@ class Watchdog:
         self.directory, self.rank, self.world_size, self.seconds = directory, rank, world_size, seconds
         self.end, self.lost = end, lost
         self.poll_s = min(1.0, seconds / 8) if seconds else 1.0
-        self.step, self.since = 0, time.time()
+        self.step, self.since = 0, time.monotonic()
         self.stage: Stage = "start"
         self._count, self._stepped = 0, False  # calls of `at`; whether a step has been taken
         self._over = threading.Event()
@@ -72,7 +73,8 @@ class Watchdog:
     def __enter__(self) -> Self:
         with suppress(OSError):
             self.directory.mkdir(exist_ok=True)
-        self.since = time.time()
+            self._stacks_path.unlink(missing_ok=True)  # of a hang before
+        self.since = time.monotonic()
         self._tell_where()
         self._thread.start()
         return self
@@ -93,30 +95,31 @@ class Watchdog:
         self._count += 1
 
     def _watch(self) -> None:
-        count, alone = -1, 0.0
+        count, alone, looked = -1, 0.0, time.monotonic()
         try:
             while not self._over.wait(self.poll_s):
-                if self._count != count:
-                    count, self.since = self._count, time.time()
+                now = time.monotonic()
+                if self._count != count or now - looked > self.poll_s + STOPPED_S:  # it was stopped, and goes on
+                    count, self.since = self._count, now
+                looked = now
                 limit = self.seconds * (1 if self._stepped else START)
                 if self.seconds:
-                    faulthandler.dump_traceback_later(limit + LOCKED_S, exit=True, file=STDERR)
+                    faulthandler.dump_traceback_later(2 * limit + LOCKED_S, exit=True, file=STDERR)
                     self._tell_where()
-                    if time.time() - self.since > limit:
-                        self._give_up()
+                    if now - self.since > limit:
+                        self._give_up(count)
                 alone = alone + self.poll_s if self.lost() else 0.0
                 if alone > GRACE_S:  # this rank waits for one that is gone, which has said why
                     os._exit(1)
         finally:
             faulthandler.cancel_dump_traceback_later()
 
-    def _give_up(self) -> None:
-        path = self.directory / f"stacks-rank{self.rank}.txt"
-        with suppress(OSError), path.open("w") as file:
+    def _give_up(self, count: int) -> None:
+        with suppress(OSError), self._stacks_path.open("w") as file:
             print(f"rank {self.rank}, at {self.stage} since step {self.step:,}", file=file)
             faulthandler.dump_traceback(file, all_threads=True)
         self._over.wait(GRACE_S)
-        if not self._over.is_set():
+        if not self._over.is_set() and self._count == count:
             self.end(self._who_is_late())
 
     def _who_is_late(self) -> str:
@@ -125,7 +128,8 @@ class Watchdog:
         return f"{late(beats)}; the stacks of all ranks are in {self.directory}"
 
     def _beat(self) -> Beat:
-        return Beat(self.rank, self.step, self.stage, self.since, time.time())
+        now = time.time()
+        return Beat(self.rank, self.step, self.stage, now - (time.monotonic() - self.since), now)
 
     def _tell_where(self) -> None:
         part = self.directory / f".rank{self.rank}.part"
@@ -137,6 +141,10 @@ class Watchdog:
         with suppress(OSError, ValueError, TypeError):
             return Beat(**json.loads(self._beat_path(rank).read_text()))
         return None
+
+    @property
+    def _stacks_path(self) -> Path:
+        return self.directory / f"stacks-rank{self.rank}.txt"
 
     def _beat_path(self, rank: int) -> Path:
         return self.directory / f"rank{rank}.json"

@@ -30,7 +30,7 @@ def test_on_a_disk_of_any_size_a_run_ends_in_one_line_and_can_be_finished_later(
         assert code in (0, 2, 4) and "Traceback" not in err and err.count("ressl: error: ") == (code != 0), err
         if "needs" in err:
             assert "MiB are free in" in err and "No space left on device" in err
-            assert "the run goes on, and tries again at the next checkpoint" in out
+            assert "the checkpoints before it stay, and the next one is tried" in out
         for path in checkpoint.found(checkpoints_path(run)):
             checkpoint.read(path)  # whole, or it would not be there
         if (run / "metrics.jsonl").exists():

@@ -59,7 +59,8 @@ def step_parts(cfg: Config, steps: int) -> tuple[list[Part], Callable[[], None]]
     if stream.steps_per_epoch < steps:
         raise DataError(f"--steps {steps}, but an epoch has only {stream.steps_per_epoch}")
     # batches are micro-batches: one makes a step here
-    take_step = build_step(cfg.model_copy(update={"optim": cfg.optim.model_copy(update={"accumulate": 1})}), runtime)
+    one = {"accumulate": 1, "batch_size": cfg.optim.batch_size // cfg.optim.accumulate}
+    take_step = build_step(cfg.model_copy(update={"optim": cfg.optim.model_copy(update=one)}), runtime)
     take_step.method.train()
     held_frames = next(iter(stream.frames(0)))
     held = stream.cut(held_frames, 0)

@@ -91,7 +91,9 @@ def make_step(name: str, cfg: Config, runtime: Runtime, batch: Batch) -> Step:
     torch.manual_seed(cfg.run.seed)
     match name:
         case "ours":
-            return _held(build_step(cfg, runtime), batch, cfg.method.teacher_momentum)
+            optim = cfg.optim.model_copy(update={"batch_size": len(batch.index), "accumulate": 1})
+            sized = cfg.model_copy(update={"optim": optim})
+            return _held(build_step(sized, runtime), batch, cfg.method.teacher_momentum)
         case "floor":
             return _held(floor_step(cfg, runtime), batch, 1.0)
         case "port-amp":

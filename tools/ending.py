@@ -73,5 +73,6 @@ def end_hanging(message: str) -> None:
 
 def _fail(error: object, code: int) -> int:
     if first_to_fail(code):
-        print(f"ressl: error: {error}", file=sys.stderr)
+        with suppress(OSError):
+            print(f"ressl: error: {error}", file=sys.stderr, flush=True)
     return code

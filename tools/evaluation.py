@@ -33,7 +33,7 @@ def chosen_checkpoint(run_dir: Path, which: Which, console: Console) -> tuple[Pa
 
 
 def record_evaluation(
-    run_dir: Path, network: str, found: dict[str, float], cfg: EvaluateConfig, seconds: float, console: Console
+    run_dir: Path, name: str, found: dict[str, float], cfg: EvaluateConfig, seconds: float, console: Console
 ) -> None:
     """Prints the accuracies, and appends them to the run's evaluations.jsonl."""
     table = Table()
@@ -41,7 +41,7 @@ def record_evaluation(
         table.add_column(column)
     for key, value in found.items():
         table.add_row({"linear_best": "linear, best epoch on the test images"}.get(key, key), f"{100 * value:.2f} %")
-    console.print(f"{run_dir}, {network}", soft_wrap=True)
+    console.print(f"{run_dir}, {name}", soft_wrap=True)
     console.print(table)
-    record = {"network": network, **found, "seconds": round(seconds, 1), "evaluate": cfg.model_dump(mode="json")}
+    record = {"network": name, **found, "seconds": round(seconds, 1), "evaluate": cfg.model_dump(mode="json")}
     append_line(run_dir / "evaluations.jsonl", record)

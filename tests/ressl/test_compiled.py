@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.resnet import BasicBlock
 
 from ressl.batch import Batch
+from ressl.batchnorm import flat_statistics_
 from ressl.collectives import alone
 from ressl.compiled import compile_blocks_, not_compiled
 from ressl.config import LocalBatchNorm, ReSSLConfig, SmallResNet, SplitBatchNorm
@@ -57,6 +58,7 @@ def test_blocks_compile_whole_once_and_are_what_they_were(policy: LocalBatchNorm
     plain, compiled = method(policy), method(policy)
     names = list(compiled.state_dict())
     assert compile_blocks_(compiled, backend="aot_eager") == 2 * 3  # of the student and of the teacher
+    flat_statistics_(compiled)  # as a guarded step does
     assert list(compiled.state_dict()) == names
     expected = train(plain, range(5))
     losses = train(compiled, range(1))

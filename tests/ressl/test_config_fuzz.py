@@ -288,20 +288,17 @@ def test_what_once_ended_in_a_traceback_or_was_misread_is_refused(text: str, mes
         ("views.strong." + "9" * 5000 + "=1", "views.strong.999"),
         ("data.source.ffcv=1", "data.source.ffcv: unknown key; known keys: name, train, val, workers, cache"),
         ("encoder.resnet_small.x=1", "encoder.resnet_small: unknown key; known keys: name, width"),
-        ("run.out_dir=~nobody-of-this-name/x", None),
+        ("run.out_dir=~nobody-of-this-name/x", "run.out_dir: expected a path whose ~name is a user of this machine"),
         ("optim.\udcff=1", "optim.\\udcff=1: an override is written section.key=value"),
         ("run.a\nb=1", "run.a\\nb: unknown key"),
     ],
 )
-def test_an_override_is_refused_in_one_line(override: str, message: str | None, tmp_path: Path) -> None:
+def test_an_override_is_refused_in_one_line(override: str, message: str) -> None:
     path = QUICKSTART
     with pytest.raises(ConfigError) as caught:
         load_config(path, [override])
-    if message is None:
-        assert str(caught.value) == f"{path}: a path begins with ~ and a name that no user here has; write it out"
-    else:
-        first, second = str(caught.value).split("\n")
-        assert first == f"{path}: 1 problem" and second.startswith(f"  {message}")
+    first, second = str(caught.value).split("\n")
+    assert first == f"{path}: 1 problem" and second.startswith(f"  {message}")
 
 
 @pytest.mark.parametrize(

@@ -47,9 +47,9 @@ def test_a_disk_that_refuses_is_told_and_the_next_save_tries_again(tmp_path: Pat
     it = saver(tmp_path, told)
     (tmp_path / "c").touch()  # a file where the directory is to be
     it.save(lambda: snapshot(1))
-    with pytest.raises(SaveError, match="step-00000001: needs"):
+    with pytest.raises(SaveError, match="step-00000001: cannot be written"):
         it.finish()
-    assert len(told) == 1 and "the run goes on, and tries again at the next checkpoint" in told[0]
+    assert len(told) == 1 and "the checkpoints before it stay, and the next one is tried" in told[0]
     (tmp_path / "c").unlink()
     it.save(lambda: snapshot(2))
     it.finish()
@@ -64,6 +64,15 @@ def test_weights_that_are_not_finite_end_the_run_and_what_was_good_stays(tmp_pat
         it.finish()
     it.close()
     assert names(tmp_path) == ["step-00000001"]
+
+
+def test_what_no_one_foresaw_is_not_swallowed(tmp_path: Path) -> None:
+    it = saver(tmp_path, [])
+    broken = Snapshot(Checkpoint(snapshot(1).saved.about, {"w": "no tensor"}, {}), None)  # type: ignore[dict-item]
+    it.save(lambda: broken)
+    with pytest.raises((TypeError, AttributeError, ValueError)):
+        it.finish()
+    it.close()
 
 
 def test_damaged_ones_go_when_there_is_a_new_one_but_not_what_took_their_place(tmp_path: Path) -> None:

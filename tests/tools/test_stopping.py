@@ -178,7 +178,7 @@ class Launchers:
 
     def said(self, node: int = 0) -> list[str]:
         lines = (self.directory / f"node{node}.log").read_text().splitlines()
-        return [line for line in lines if " waits " not in line]
+        return [line for line in lines if " waits " not in line and "Ctrl-C again" not in line]
 
 
 @pytest.fixture(scope="module")
