@@ -145,6 +145,8 @@ def _go_on(
     path = directory / checkpoint.name_of(step)
     saved = found[1] if found else checkpoint.read(path)
     _check_data(saved, path, loaders, cfg)
+    if runtime.world_size > 1:
+        take_step.settle(_blank(cfg, runtime), step)
     restore_(saved, path, method=take_step.method, optimizer=take_step.plain, guard=take_step.guarded, runtime=runtime)
     if saved.about.world_size != runtime.world_size:
         tell(
@@ -152,6 +154,19 @@ def _go_on(
             "and their views stay the same, the weights do so except for rounding and for what batch norm sees together"
         )
     return step, found[2] if found else []
+
+
+def _blank(cfg: Config, runtime: Runtime) -> Batch:
+    """Black images in the shapes of a micro-batch."""
+    images = cfg.optim.batch_size // runtime.world_size // cfg.optim.accumulate
+    index = torch.zeros(images, dtype=torch.int64, device=runtime.device)
+    weak, *strong = (
+        torch.zeros(images, 3, view.size, view.size, device=runtime.device, dtype=runtime.dtype).to(
+            memory_format=torch.channels_last
+        )
+        for view in (cfg.views.weak, *cfg.views.strong)
+    )
+    return Batch(weak=(weak,), strong=tuple(strong), index=index, label=index)
 
 
 def _set_log_aside(out_dir: Path, start_step: int, tell: Callable[[str], None]) -> None:

@@ -68,6 +68,14 @@ class TrainStep:
         if self.captured is not None:
             self.captured.release()
 
+    def settle(self, batch: Batch, taken: int) -> None:
+        """Makes a new replica what it is after `taken` steps: DistributedDataParallel sums the gradients of its first
+        two steps in other groups than those of later ones, and so in another order. What a pass over `batch` changes
+        is to be restored after this; weights stay."""
+        for _ in range(min(taken, 2)):
+            self.runtime.backward(self.replica(batch).loss)
+            self.optimizer.zero_grad(set_to_none=True)
+
     def __call__(self, batches: Iterator[Batch], *, lr: float, momentum: float) -> Logs:
         """Takes the next `accumulate` batches, and returns the logs of each. `momentum` is the teacher's."""
         set_learning_rate_(self.optimizer, lr)

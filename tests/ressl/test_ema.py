@@ -1,8 +1,10 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from ressl.ema import ema_update_, make_teacher, teacher_momentum
+from ressl.ema import ema_update_, held_back, make_teacher, teacher_momentum
 
 
 def networks() -> tuple[nn.Module, nn.Module]:
@@ -90,3 +92,18 @@ def test_a_captured_update_is_replayed_with_another_momentum() -> None:
         graph.replay()
         ema_update_(eager, student, value)
     torch.testing.assert_close(list(captured.parameters()), list(eager.parameters()))
+
+
+@pytest.mark.parametrize("momentum", [0.9, torch.tensor(0.9, dtype=torch.float64)])
+def test_where_a_step_is_skipped_the_teacher_stays(momentum: float | torch.Tensor) -> None:
+    torch.manual_seed(0)
+    student = nn.Linear(4, 3)
+    teacher, other = make_teacher(student), make_teacher(student)
+    with torch.no_grad():
+        student.weight.add_(1)
+    before = copy.deepcopy(teacher.state_dict())
+    ema_update_(teacher, student, held_back(momentum, torch.tensor(True)))
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    ema_update_(teacher, student, held_back(momentum, torch.tensor(False)))
+    ema_update_(other, student, 0.9)
+    torch.testing.assert_close(teacher.state_dict(), other.state_dict(), rtol=1e-6, atol=1e-7)

@@ -86,3 +86,16 @@ def test_pushing_before_backward_would_spoil_it() -> None:
     queue.push(torch.randn(2, 3))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_where_a_step_is_skipped_nothing_is_pushed(skip: bool) -> None:
+    """As a device decides it: without being asked."""
+    torch.manual_seed(0)
+    queue, plain = FeatureQueue(5, 3), FeatureQueue(5, 3)
+    plain.load_state_dict(queue.state_dict())
+    for keys in torch.randn(3, 4, 3):
+        queue.push(keys, torch.tensor(skip))
+        if not skip:
+            plain.push(keys)
+    assert torch.equal(queue.keys, plain.keys) and torch.equal(queue.cursor, plain.cursor)
