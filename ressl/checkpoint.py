@@ -33,7 +33,12 @@ DIGITS = 2 * hashlib.sha256().digest_size
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used. The message names the file and what is wrong."""
+    """A checkpoint that cannot be used. The message names the file and what is wrong. `foreign`: it is not damaged, but
+    of another version, not ours, or out of reach: not to be passed over, and not to be replaced."""
+
+    def __init__(self, message: str, *, foreign: bool = False) -> None:
+        super().__init__(message)
+        self.foreign = foreign
 
 
 class SaveError(RuntimeError):
@@ -193,13 +198,15 @@ def newest(
     directory: Path, tell: Callable[[str], None] = lambda message: None
 ) -> tuple[Path, Checkpoint, list[Path]] | None:
     """The newest checkpoint that is whole, and the damaged ones that are newer, of each of which `tell` is told. None
-    where there is none at all. Raises CheckpointError where there are some and all are damaged."""
+    where there is none at all. Raises CheckpointError where there are some and all are damaged, or one is foreign."""
     damaged: list[Path] = []
     reasons: list[str] = []
     for path in found(directory):
         try:
             return path, read(path), damaged
         except CheckpointError as error:
+            if error.foreign:
+                raise
             damaged.append(path)
             reasons.append(str(error))
             tell(f"{error}: going back to the one before")
@@ -233,7 +240,7 @@ def read(path: Path) -> Checkpoint:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if isinstance(error, pickle.UnpicklingError):  # torch's own words tell how to run it
             reason = f"{TRAINING} was refused: it may hold tensors, numbers and words, and nothing that is executed"
-        raise CheckpointError(f"{path}: not a checkpoint: {reason[:200]}") from None
+        raise CheckpointError(f"{path}: not a checkpoint: {reason[:200]}", foreign=True) from None
     return Checkpoint(said, model, training)
 
 
@@ -247,7 +254,7 @@ def _read_manifest(path: Path) -> tuple[Manifest, dict[str, Any]]:
     try:
         fields = json.loads(line)
         if (version := fields.pop("format")) != FORMAT:
-            raise CheckpointError(f"{path}: checkpoint format {version}, this build reads {FORMAT}")
+            raise CheckpointError(f"{path}: checkpoint format {version}, this build reads {FORMAT}", foreign=True)
         sums = dict(fields.pop("files"))
         said = Manifest(**fields)
         if not all(type(fields[name]) is (str if name == "device" else int) for name in Manifest.__slots__):
@@ -265,4 +272,6 @@ def _content(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{path}: damaged: {error.strerror}") from None
+        if error.errno == errno.ENOENT:
+            raise CheckpointError(f"{path}: damaged: {error.strerror}") from None
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}", foreign=True) from None

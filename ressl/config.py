@@ -336,7 +336,8 @@ class RunConfig(Section):
     """Steps that may be left out, since the run was last started, because their loss or gradient was not finite; one
     more ends it."""
     hang_timeout: NotNegative = 300.0
-    """Seconds without a step after which a hanging run ends with the stacks of all ranks; 0: it waits for ever."""
+    """Seconds without a step after which a hanging run ends with the stacks of its ranks, four times as many before the
+    first step; 0: it waits for ever."""
     tensorboard: bool = False
     """Write the metrics to `out_dir`/tensorboard as well."""
 

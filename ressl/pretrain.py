@@ -66,9 +66,9 @@ def pretrain(
         bad_images.open()
         start_step, damaged = _go_on(cfg, runtime, loaders, take_step, tell)
         if runtime.is_main:
+            accept_changes(cfg, allowed)
             _set_log_aside(out_dir, start_step, tell)
             keep_metrics_until(out_dir, start_step)
-            accept_changes(cfg, allowed)
             for line in [*remarks, *([f"going on after step {start_step:,}"] if start_step else [])]:
                 console.print(line, soft_wrap=True)
         runtime.wait_for_everyone()
@@ -76,6 +76,7 @@ def pretrain(
         watchdog = Watchdog(
             out_dir / WATCH, rank=rank, world_size=world_size, seconds=patience, end=end, lost=lost
         )  # fmt: skip
+        watchdog.step = start_step
         recorder = _recorder(cfg, runtime, loaders, take_step.method, console, start_step)
         saver = Saver(
             checkpoints_path(out_dir), keep=cfg.run.checkpoint.keep, log=metrics_path(out_dir), tell=tell,
@@ -173,7 +174,8 @@ def _set_log_aside(out_dir: Path, start_step: int, tell: Callable[[str], None]) 
     """A run that begins anew where there is a log does not write over it."""
     log = metrics_path(out_dir)
     if start_step == 0 and (count := len(lines_of(log))):
-        aside = log.with_name("metrics.old.jsonl")
+        names = (f"metrics.old{number or ''}.jsonl" for number in range(10**6))
+        aside = next(path for path in map(log.with_name, names) if not path.exists())
         log.replace(aside)
         tell(
             f"{out_dir}: a log of {count:,} records but no checkpoint: the run begins anew, and the log is {aside.name}"
@@ -322,7 +324,7 @@ class Between:
         others = self.recorder.skipped - self.skipped - 1
         return (
             f"{what}. It and {others:,} other steps were left out, more than run.skip_limit={self.cfg.run.skip_limit} "
-            f"allows; {f'the last good checkpoint is {last}' if last else 'nothing was saved'}. Lower optim.lr, or use "
+            f"allows; {f'the last checkpoint is {last}' if last else 'nothing was saved'}. Lower optim.lr, or use "
             "run.precision=fp32 or bf16"
         )
 

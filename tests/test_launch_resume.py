@@ -161,3 +161,14 @@ def test_going_on_with_other_images_is_refused(
     (images / "colour1" / "000.png").unlink()
     code, _, err = ressl(*again)
     assert code == 3 and "the run saw 72 images, data.source.train has 71 now" in err
+
+
+def test_a_run_begun_anew_with_a_change_is_that_of_its_config(ressl: Launch, tiny_config: Path, tmp_path: Path) -> None:
+    """It was ended before its first checkpoint; its log is kept."""
+    assert ressl("pretrain", tiny_config, "optim.epochs=1")[0] == 0
+    for _ in range(2):
+        shutil.rmtree(checkpoints_path(tmp_path / "run"))
+        code, out, _ = ressl("pretrain", tiny_config, "optim.epochs=1", "encoder.width=8", "--allow-change", "encoder")
+        assert code == 0 and "a log of 4 records but no checkpoint: the run begins anew" in out
+    assert len(lines_of(tmp_path / "run" / "metrics.old1.jsonl")) == 4
+    assert ressl("evaluate", tmp_path / "run", "--no-linear")[0] == 0

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from pipelines import build_loaders
 from ressl.config import Config
+from ressl.config_file import load_config
 from tools.convert import convert
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -109,3 +110,30 @@ def test_memory_threads_and_files_stay_as_they_are_over_twenty_epochs(data, name
         grown.append(resident_bytes() - memory)
     assert (threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))) == before
     assert grown[-1] < EPOCHS * BATCH_BYTES * 0.9, ", ".join(f"{value / 1e6:.1f} MB" for value in grown)
+
+
+@pytest.mark.parametrize("name", ["resident", "folder"])
+def test_nothing_grows_over_two_hundred_short_epochs(name, tiny_config, tiny_data, one_thread):
+    """With an epoch that is left and an evaluation between any two."""
+    sources = {
+        "resident": f"{{name: resident, train: {tiny_data}/train.safetensors, val: {tiny_data}/val.safetensors}}",
+        "folder": f"{{name: folder, train: {tiny_data}/folder/train, val: {tiny_data}/folder/val, workers: 1}}",
+    }
+    loaders = build_loaders(load_config(tiny_config, [f"data.source={sources[name]}"]), device=torch.device("cpu"))
+
+    def state() -> tuple[int, int, int]:
+        return resident_bytes(), threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
+
+    found = []
+    for number in range(205):
+        for _ in loaders.train.epoch(number):
+            pass
+        left = loaders.train.epoch(number + 1000)
+        next(left)
+        left.close()
+        for _ in loaders.probes.probe("val"):
+            pass
+        if number in (5, 204):
+            found.append(state())
+    (before, *rest), (after, *others) = found
+    assert others == rest and after < 1.05 * before

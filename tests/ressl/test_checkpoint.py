@@ -315,3 +315,12 @@ def test_a_death_at_any_system_call_leaves_a_whole_checkpoint_to_go_on_from(keep
             break
         calls += 1
     assert calls >= 20 and steps == {2, 3}
+
+
+def test_one_of_another_version_is_not_passed_over(tmp_path: Path) -> None:
+    """An older build would write over what a newer one has done."""
+    checkpoint.write(tmp_path, state(1))
+    forge(checkpoint.write(tmp_path, state(2)), format=99)
+    with pytest.raises(CheckpointError, match="step-00000002: checkpoint format 99, this build reads 2"):
+        checkpoint.newest(tmp_path)
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
