@@ -100,6 +100,7 @@ def test_memory_threads_and_files_stay_as_they_are_over_twenty_epochs(data, name
 
     for number in range(WARM):
         epoch(number)
+    gc.collect()  # what earlier tests have left
     before = threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
     grown = []
     # one batch kept of each epoch would be 12 MB, every time; allocators wander by a few, and now and then by more
@@ -108,7 +109,7 @@ def test_memory_threads_and_files_stay_as_they_are_over_twenty_epochs(data, name
         for number in range(WARM, WARM + EPOCHS):
             epoch(number)
         grown.append(resident_bytes() - memory)
-    assert (threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))) == before
+    assert threading.active_count() <= before[0] and len(list(Path("/proc/self/fd").iterdir())) <= before[1]
     assert grown[-1] < EPOCHS * BATCH_BYTES * 0.9, ", ".join(f"{value / 1e6:.1f} MB" for value in grown)
 
 
@@ -131,4 +132,4 @@ def test_nothing_grows_over_two_hundred_short_epochs(tiny_config, one_thread):
         if number in (5, 204):
             found.append(state())
     (before, *rest), (after, *others) = found
-    assert others == rest and after < 1.05 * before
+    assert all(a <= b for a, b in zip(others, rest, strict=True)) and after < 1.05 * before
