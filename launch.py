@@ -6,11 +6,12 @@
 This is the only file that knows pipelines/, ressl/ and tools/ alike. `python launch.py VERB --help` explains each verb.
 """
 
-import signal
 import sys
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C amid the imports, which take seconds, is no traceback
+from tools.early import begin
+
+if __name__ == "__main__":
+    begin(*sys.argv[1:2])
 
 if __name__ == "__main__" and sys.argv[1:] == ["doctor"]:  # it must work where torch, imported below, does not
     from rich.console import Console
@@ -36,13 +37,14 @@ from pipelines.loader import ViewStream, fused
 from pipelines.placement import settle
 from pipelines.sampler import check_split
 from ressl.batch import Loaders
+from ressl.checkpoint import Checkpoint
 from ressl.config import Config
 from ressl.config_file import ConfigError, load_config
 from ressl.evals.protocol import evaluate as evaluate_backbone
 from ressl.method import build_method
 from ressl.pretrain import pretrain as train_run
-from ressl.recorder import BadImages
-from ressl.run_dir import check_run_dir, checkpoints_path, config_path
+from ressl.recorder import BadImages, warn
+from ressl.run_dir import check_not_in_use, check_run_dir, checkpoints_path
 from ressl.runtime import Runtime, launched, preferred_device
 from ressl.snapshot import restore_method_
 from tools.convert import convert as convert_data
@@ -54,12 +56,12 @@ from tools.evaluation import Which, chosen_checkpoint, record_evaluation
 from tools.nodes import check_nodes
 from tools.plan import make_plan, on_processes, print_plan, remarks
 from tools.preview import draw_views
-from tools.processes import another_failed, end_with_launcher, run_processes
+from tools.processes import another_failed, run_processes
 from tools.profiling.compare import compare as compare_profiles
 from tools.profiling.report import print_profile, write_profile
 from tools.profiling.run import profile as take_profile
 from tools.quickstart import quickstart as run_quickstart
-from tools.resuming import newest_manifest, processes_of
+from tools.resuming import config_of, newest_manifest, processes_of
 from tools.terminal import plain_console, prepare_terminal, settle_streams
 from tools.verify import verify as verify_data
 
@@ -111,15 +113,9 @@ def run(cfg: Config, console: Console, allowed: Sequence[str] = ()) -> float:
 def _open_loaders(cfg: Config, runtime: Runtime, console: Console, report: Callable[[str], None]) -> Loaders:
     with shown_decoding(console, enabled=runtime.is_main) as progress:
         loaders = build_loaders(
-            cfg,
-            device=runtime.device,
-            dtype=runtime.dtype,
-            rank=runtime.rank,
-            world_size=runtime.world_size,
-            cores=settle(cfg.data.placement, runtime.device),
-            report=report,
-            progress=progress,
-        )
+            cfg, device=runtime.device, dtype=runtime.dtype, rank=runtime.rank, world_size=runtime.world_size,
+            cores=settle(cfg.data.placement, runtime.device), report=report, progress=progress,
+        )  # fmt: skip
     assert isinstance(loaders.train, ViewStream)
     if runtime.is_main and fused(cfg.views.impl, runtime.device):
         console.print("compiling the kernels of the views, which takes some seconds the first time")
@@ -130,27 +126,20 @@ def _open_loaders(cfg: Config, runtime: Runtime, console: Console, report: Calla
 def evaluate_run(
     cfg: Config,
     console: Console,
+    saved: tuple[Path, Checkpoint] | None,
     *,
-    network: Literal["student", "teacher"],
-    knn: bool,
-    linear: bool,
-    untrained: bool,
-    which: Which = "last",
+    network: Literal["student", "teacher"] = "student",
+    knn: bool = True,
+    linear: bool = True,
 ) -> dict[str, float]:
-    """Evaluates the backbone of a run's checkpoint, or of the same seed before training. Always in float32."""
+    """Evaluates the backbone of a checkpoint that was read from a path, or of the same seed before training."""
     runtime = Runtime(cfg.run)
     torch.manual_seed(cfg.run.seed)
     with shown_decoding(console) as progress:
-        loaders = build_loaders(
-            cfg,
-            device=runtime.device,
-            report=lambda message: console.print(f"warning: {message}", style="yellow"),
-            progress=progress,
-        )
+        loaders = build_loaders(cfg, device=runtime.device, report=partial(warn, console), progress=progress)
     method = build_method(cfg.method, cfg.encoder, runtime.collectives).to(runtime.device)
-    if not untrained:
-        path, saved = chosen_checkpoint(cfg.run.out_dir, which, console)
-        restore_method_(method, saved, path)
+    if saved:
+        restore_method_(method, saved[1], saved[0])
     encoder = method.student if network == "student" else method.teacher
     with console.status("") as status:
         return evaluate_backbone(
@@ -179,7 +168,11 @@ def quickstart(
     Takes Fashion-MNIST (70,000 images; the Debian package, or a download), writes it as an FFCV file, draws a picture
     of weak and strong views, pretrains a small ResNet, and evaluates it before and after.
     """
-    judge = partial(evaluate_run, network="student", knn=True, linear=True)
+
+    def judge(cfg: Config, console: Console, *, untrained: bool) -> dict[str, float]:
+        saved = None if untrained else chosen_checkpoint(cfg.run.out_dir, "last", console)
+        return evaluate_run(cfg, console, saved)
+
     run_quickstart(out, images, epochs, plain_console(), train=run, evaluate=judge, views=draw_views)
 
 
@@ -322,13 +315,13 @@ def pretrain(
             console.print(line, soft_wrap=True)
         return
     if launched():
-        end_with_launcher()
         run(cfg, console, allowed)
         return
+    check_not_in_use(cfg.run.out_dir)  # the first rank would find out too, but after all images are decoded
     if world_size > 1 or max_restarts:
         run_processes(
             sys.argv, ranks, nodes=nodes, node_rank=node_rank, rendezvous=rendezvous, settings=repr(cfg),
-            max_restarts=max_restarts,
+            max_restarts=max_restarts, run_dir=cfg.run.out_dir,
         )  # fmt: skip
     else:
         run(cfg, console, allowed)
@@ -348,14 +341,13 @@ def resume(
 ) -> None:
     """Goes on with a run from its last checkpoint, with as many processes as it had, unless told otherwise: with any
     number the images, their order and their views stay the same."""
-    if not config_path(run_dir).is_file():
-        raise ConfigError(f"{run_dir}: no run here (there is no config.yaml)")
+    config = config_of(run_dir)
     given = [*(overrides or []), f"run.out_dir={json.dumps(str(run_dir))}"]
     about = newest_manifest(run_dir)
     if not (gpus or processes):
         given.insert(0, f"run.device={about.device}")
         gpus, processes = (0, 0) if launched() else processes_of(about, run_dir)
-    pretrain(config_path(run_dir), given, gpus, processes, max_restarts=max_restarts, allow_change=allow_change)
+    pretrain(config, given, gpus, processes, max_restarts=max_restarts, allow_change=allow_change)
 
 
 @app.command()
@@ -369,18 +361,18 @@ def evaluate(
     which: Annotated[Which, typer.Option("--checkpoint", help="best: of those that run.knn_every asks for")] = "last",
 ) -> None:
     """Measures what a run's encoder has learned: kNN and linear top-1 accuracy, as the config's `evaluate` says."""
-    if not config_path(run_dir).is_file():
-        raise ConfigError(f"{run_dir}: no run here (there is no config.yaml)")
+    config = config_of(run_dir)
     if launched():
         raise ConfigError("evaluate runs as one process: start it without torchrun")
     if not knn and not linear:
         raise ConfigError("--no-knn and --no-linear leave nothing to do")
     forced = [f"run.out_dir={json.dumps(str(run_dir))}", "run.precision=fp32"]
-    cfg = load_config(config_path(run_dir), [*(overrides or []), *forced])
+    cfg = load_config(config, [*(overrides or []), *forced])
     console, started = plain_console(), time.perf_counter()
-    found = evaluate_run(cfg, console, network=network, knn=knn, linear=linear, untrained=untrained, which=which)
-    name = "untrained" if untrained else f"{network} of the {which} checkpoint"
-    record_evaluation(run_dir, name, found, cfg.evaluate, time.perf_counter() - started, console)
+    saved = None if untrained else chosen_checkpoint(run_dir, which, console)
+    found = evaluate_run(cfg, console, saved, network=network, knn=knn, linear=linear)
+    step = saved[1].about.step if saved else None
+    record_evaluation(run_dir, network, step, found, cfg.evaluate, time.perf_counter() - started, console)
 
 
 @app.command()

@@ -130,15 +130,18 @@ class DaliSource:
         return [pool.submit(self._read, part, salt) for part in parts]
 
     def _read(self, positions: list[int], salt: int) -> list[Item]:
-        items: list[Item] = []
-        for position in positions:
-            data = None if position in self.refused else self._bytes(position)
-            size = plain_size(data) if data else None
-            if data is None or size is None:
-                items.append(self._decode(position, salt))
-            else:
-                items.append(Encoded(position, np.frombuffer(data, np.uint8), size, self._original(position, size)))
-        return items
+        return [self._encoded(position) or self._decode(position, salt) for position in positions]
+
+    def _encoded(self, position: int) -> "Encoded | None":
+        """The image as DALI may have it; None: it is one for the host to decode, or to refuse."""
+        data = None if position in self.refused else self._bytes(position)
+        size = plain_size(data) if data else None
+        if data is None or size is None:
+            return None
+        try:
+            return Encoded(position, np.frombuffer(data, np.uint8), size, self._original(position, size))
+        except BadImage:
+            return None
 
     def _bytes(self, position: int) -> bytes | None:
         match self.store:
@@ -178,7 +181,9 @@ class DaliSource:
             case FolderIndex():
                 return read_image(self._where(position))
             case ShardFiles() as shards:
-                return decode_image(shards.read(position))
+                image = decode_image(shards.read(position))
+                shards.original(position, (image.shape[0], image.shape[1]))
+                return image
 
     def _without_culprits(self, items: list[Item], salt: int, error: RuntimeError) -> list[Item]:
         """A batch that DALI failed on: what it fails on alone too is decoded on the host, or replaced."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipelines.images import BadImage
 from pipelines.sampler import mix64
-from ressl.batch import DataError
+from ressl.batch import REPLACED, DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +141,6 @@ def read_or_stand_in(
             problems.append(f"{where(chosen)}: {bad}")
             continue
         for problem in problems:
-            report(f"{problem}; replaced by {where(chosen)}")
+            report(f"{problem}{REPLACED}{where(chosen)}")
         return chosen, image
     raise DataError(f"{problems[0]}; and none of {len(problems) - 1} others tried in its place can be read")

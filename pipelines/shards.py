@@ -128,14 +128,12 @@ class ShardFiles:
         return data
 
     def original(self, position: int, size: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of an image before any resizing. Raises DataError unless `size` is the stored one, which is
+        """Height and width of an image before any resizing. Raises BadImage unless `size` is the stored one, which is
         what others have reckoned with."""
         height, width = self.index.size[position].tolist()
         if size != (height, width):
-            raise DataError(
-                f"{self.index.root / INDEX}: says {height} x {width} pixels (height x width) of "
-                f"{self.index.name(position)} in {self.index.shards[int(self.index.shard[position])]}, which has "
-                f"{size[0]} x {size[1]}; {AGAIN}"
+            raise BadImage(
+                f"{size[0]} x {size[1]} pixels (height x width), but {INDEX} says {height} x {width}; {AGAIN}"
             )
         height, width = self.index.original[position].tolist()
         return height, width

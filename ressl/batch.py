@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 Split = Literal["train", "val"]
+REPLACED = "; replaced by "  # in a report of a bad image: between its name and reason, and the name of the other one
 Crops = Literal["centre", "random"]
 
 

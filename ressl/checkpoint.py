@@ -203,16 +203,19 @@ def newest(
     reasons: list[str] = []
     for path in found(directory):
         try:
-            return path, read(path), damaged
+            saved = read(path)
         except CheckpointError as error:
             if error.foreign:
                 raise
             damaged.append(path)
             reasons.append(str(error))
-            tell(f"{error}: going back to the one before")
+        else:
+            for reason in reasons:
+                tell(f"{reason}: going back to {path.name}")
+            return path, saved, damaged
     if not reasons:
         return None
-    raise CheckpointError("\n".join([f"{directory}: none of {len(reasons)} checkpoints can be used", *reasons]))
+    raise CheckpointError("\n".join([f"{directory}: none of its checkpoints can be used:", *reasons]))
 
 
 def about(path: Path) -> Manifest:

@@ -101,6 +101,8 @@ class DataConfig(Section):
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     on_corrupt: Literal["replace", "fail"] = "replace"
     """An image that cannot be read: another one takes its place and the record says so, or the run stops."""
+    max_bad: Probability = 0.01
+    """Share of the training images that may be replaced; more end the run. Ten may always."""
     prefetch: Annotated[int, Field(ge=1, le=16)] = 2
     """Batches prepared ahead, per rank."""
     shuffle: Literal["global", "blocks"] = "global"

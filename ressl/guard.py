@@ -68,6 +68,11 @@ class Guard:
         if self.kept is not None and self.statistics is not None:
             self.statistics.copy_(torch.where(skip, self.kept, self.statistics))
 
+    @property
+    def left_out(self) -> Tensor:
+        """Whether the last step was, () bool."""
+        return (self.last == self.looked) & (self.looked > 0)
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         return {"skipped": self.skipped}

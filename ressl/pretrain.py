@@ -4,30 +4,37 @@ The parts stand in files of their own; this one says when each has its turn.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
-from shlex import quote
+from typing import Any
 
 import torch
 from rich.console import Console
 
 from ressl import checkpoint
-from ressl.batch import Batch, Crops, Digest, Loaders, Probe, Probes, Split, ViewLoader, disagreement
-from ressl.batchnorm import average_statistics_, normalised_together
-from ressl.checkpoint import Checkpoint, CheckpointError, Manifest
+from ressl.batch import Batch, DataError, Digest, Loaders, ViewLoader, disagreement
+from ressl.batchnorm import normalised_together
+from ressl.between import Between, how_to_go_on
+from ressl.checkpoint import Checkpoint
 from ressl.collapse import collapse_measures, collapse_warning
-from ressl.compiled import not_compiled
 from ressl.config import Config
-from ressl.evals.protocol import check_probes, evaluate
-from ressl.guard import NonFiniteRun
+from ressl.evals.protocol import check_probes
 from ressl.method import AnyMethod
-from ressl.recorder import BadImages, Recorder
-from ressl.run_dir import accept_changes, checkpoints_path, keep_metrics_until, lines_of, make_run_dir, metrics_path
-from ressl.runtime import Runtime
+from ressl.recorder import BadImages, Recorder, warn
+from ressl.run_dir import (
+    accept_changes,
+    checkpoints_path,
+    keep_metrics_until,
+    lines_of,
+    make_run_dir,
+    metrics_path,
+    side_by_side,
+)  # fmt: skip
+from ressl.runtime import Runtime, launched
 from ressl.saver import Saver
-from ressl.snapshot import restore_, take_snapshot
+from ressl.snapshot import restore_
 from ressl.step import TrainStep, build_step
 from ressl.stop import Stop, Stopped
 from ressl.trainer import train
@@ -60,16 +67,17 @@ def pretrain(
     """
     _check(cfg, runtime, loaders)
     take_step, out_dir = build_step(cfg, runtime), cfg.run.out_dir
-    tell = partial(_warn, console) if runtime.is_main else _silent
-    with Stop() as stop, make_run_dir(cfg, allowed) if runtime.is_main else nullcontext():
+    tell = partial(warn, console) if runtime.is_main else _silent
+    with Stop(aloud=not launched()) as stop, make_run_dir(cfg, allowed) if runtime.is_main else nullcontext():
         runtime.wait_for_everyone()
         bad_images.open()
+        bad_images.check(loaders.probes.count("train"), cfg.data.max_bad)
         start_step, damaged = _go_on(cfg, runtime, loaders, take_step, tell)
         if runtime.is_main:
-            accept_changes(cfg, allowed)
+            changed = accept_changes(cfg, allowed)
             _set_log_aside(out_dir, start_step, tell)
             keep_metrics_until(out_dir, start_step)
-            for line in [*remarks, *([f"going on after step {start_step:,}"] if start_step else [])]:
+            for line in [*remarks, *_where(start_step, cfg.optim.epochs * loaders.train.steps_per_epoch, changed)]:
                 console.print(line, soft_wrap=True)
         runtime.wait_for_everyone()
         rank, world_size, patience = runtime.rank, runtime.world_size, cfg.run.hang_timeout
@@ -90,9 +98,9 @@ def pretrain(
             between.votes.hear(2)  # the last ones, which change nothing
             watchdog.at("saving")
             saver.finish()
+            runtime.wait_for_everyone()  # saved is what all may say now
     if between.stopping:
-        again = f"python launch.py resume {quote(str(out_dir))}"
-        raise Stopped(f"stopped after step {step:,}, and saved; go on with: {again}")
+        raise Stopped(f"stopped after step {step:,}, and saved; {how_to_go_on(cfg, runtime)}")
     if runtime.is_main and saver.saved:
         console.print(_cost(saver, time.perf_counter() - between.began), highlight=False)
     return recorder.images_per_s
@@ -124,6 +132,16 @@ def _recorder(
     )
 
 
+def _where(start_step: int, total: int, changed: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    changes = [f"changed: {key} from {old} to {new}" for key, (old, new) in changed.items()]
+    match start_step:
+        case 0:
+            return changes
+        case _ if start_step >= total:
+            return [*changes, f"the run is complete: {start_step:,} steps"]
+    return [*changes, f"going on after step {start_step:,}"]
+
+
 def _cost(saver: Saver, seconds: float) -> str:
     count = "1 checkpoint" if saver.saved == 1 else f"{saver.saved} checkpoints"
     return f"saved {count}, for which the run waited {saver.held_s:.2f} s ({100 * saver.held_s / seconds:.2f} %)"
@@ -145,16 +163,21 @@ def _go_on(
         return 0, []
     path = directory / checkpoint.name_of(step)
     saved = found[1] if found else checkpoint.read(path)
-    _check_data(saved, path, loaders, cfg)
+    _check_data(saved, path, loaders)
     if runtime.world_size > 1:
         take_step.settle(_blank(cfg, runtime), step)
     restore_(saved, path, method=take_step.method, optimizer=take_step.plain, guard=take_step.guarded, runtime=runtime)
     if saved.about.world_size != runtime.world_size:
         tell(
-            f"the run had {saved.about.world_size} processes and has {runtime.world_size} now: the images, their order "
-            "and their views stay the same, the weights do so except for rounding and for what batch norm sees together"
+            f"the run had {_processes(saved.about.world_size)} and has {runtime.world_size} now: the images, their "
+            "order and their views stay the same, the weights do so except for rounding and for what batch norm sees "
+            "together"
         )
     return step, found[2] if found else []
+
+
+def _processes(count: int) -> str:
+    return "1 process" if count == 1 else f"{count} processes"
 
 
 def _blank(cfg: Config, runtime: Runtime) -> Batch:
@@ -182,19 +205,16 @@ def _set_log_aside(out_dir: Path, start_step: int, tell: Callable[[str], None]) 
         )
 
 
-def _check_data(saved: Checkpoint, path: Path, loaders: Loaders, cfg: Config) -> None:
+def _check_data(saved: Checkpoint, path: Path, loaders: Loaders) -> None:
     """Another data set has another order: the same run cannot go on with it."""
-    images = loaders.probes.count("train")
-    if images != saved.about.images:
-        raise CheckpointError(
-            f"{path}: the run saw {saved.about.images:,} images, data.source.train has {images:,} now"
+    images, data = loaders.probes.count("train"), loaders.train.fingerprint
+    if (images, data) != (saved.about.images, saved.about.data):
+        rows = {"images": (f"{saved.about.images:,}", f"{images:,}")}
+        rows["their names and labels (hash)"] = (f"{saved.about.data:016x}", f"{data:016x}")
+        raise DataError(
+            f"{path}: the run saw other images than data.source.train has now: give it those back, or choose another "
+            f"run.out_dir\n{side_by_side(rows)}"
         )
-    if loaders.train.fingerprint != saved.about.data:
-        raise CheckpointError(f"{path}: data.source.train has other images or labels than those that the run saw")
-
-
-def _warn(console: Console, message: str) -> None:
-    console.print(f"warning: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def _silent(message: str) -> None:
@@ -205,141 +225,6 @@ def _look_for_collapse(method: AnyMethod) -> tuple[dict[str, float], str | None]
     measures = collapse_measures(method.queue, teacher_temperature=method.cfg.teacher_temperature)
     values = {name: float(value) for name, value in measures.items()}
     return values, collapse_warning(values, method.cfg.embed_dim)
-
-
-# --- between two steps -----------------------------------------------------------------------------------------------
-
-
-class Between:
-    """What follows each step, on every rank: batch norm's average and the evaluation after an epoch, a checkpoint where
-    one is due, the end where one was asked for."""
-
-    def __init__(
-        self,
-        cfg: Config,
-        runtime: Runtime,
-        loaders: Loaders,
-        take_step: TrainStep,
-        recorder: Recorder,
-        saver: Saver,
-        watchdog: Watchdog,
-        stop: Stop,
-        bad_images: BadImages,
-        start_step: int,
-    ) -> None:
-        self.cfg, self.runtime, self.loaders, self.take_step = cfg, runtime, loaders, take_step
-        self.recorder, self.saver, self.watchdog, self.stop, self.bad_images = (
-            recorder,
-            saver,
-            watchdog,
-            stop,
-            bad_images,
-        )
-        self.start_step, self.steps_per_epoch = start_step, loaders.train.steps_per_epoch
-        self.votes, self.stopping = runtime.votes(), False
-        self.skipped = recorder.skipped = int(take_step.guarded.skipped)  # before this process began
-        self.best = best_evaluation(cfg.run.out_dir)
-        saver.best = self.best[0] if self.best else None
-        self.saved_at = start_step  # the step of the last checkpoint
-        self.began = self.last_save = time.perf_counter()
-
-    def __call__(self, step: int) -> bool:
-        """Whether the run is to end here."""
-        self.watchdog.at("step", step)
-        self.bad_images.after_step = step
-        epochs, within = divmod(step, self.steps_per_epoch)
-        if within == 0:
-            average_statistics_(self.take_step.method, self.runtime.collectives)
-        if self.recorder.skipped - self.skipped > self.cfg.run.skip_limit:
-            raise NonFiniteRun(self._not_finite())
-        seconds = 60 * self.cfg.run.checkpoint.minutes
-        late = self.runtime.is_main and 0 < seconds < time.perf_counter() - self.last_save
-        self.stopping, by_the_clock = self.votes.cast(self.stop.asked is not None, late)
-        # what rank 0 wished before it had saved is heard after it has
-        if self.stopping or self._due(step) or (by_the_clock and step - self.saved_at > self.votes.delay):
-            self._save(step)
-        if within == 0 and not self.stopping and self._evaluates(epochs):
-            self._evaluate(step)
-        return self.stopping
-
-    def _due(self, step: int) -> bool:
-        epochs, within = divmod(step, self.steps_per_epoch)
-        rules, last = self.cfg.run.checkpoint, epochs == self.cfg.optim.epochs
-        by_epochs = within == 0 and rules.epochs > 0 and epochs % rules.epochs == 0
-        return last or by_epochs or (rules.steps > 0 and step % rules.steps == 0)
-
-    def _save(self, step: int) -> None:
-        self.watchdog.at("saving")
-        runtime, train_set = self.runtime, self.loaders.train
-        about = Manifest(
-            step=step,
-            images=self.loaders.probes.count("train"),
-            data=train_set.fingerprint,
-            world_size=runtime.world_size,
-            local_ranks=runtime.local_ranks,
-            device=runtime.device.type,
-        )
-        self.saver.save(
-            lambda: take_snapshot(
-                about, self.take_step.method, self.take_step.plain, self.take_step.guarded, runtime
-            )
-        )  # fmt: skip
-        self.saved_at, self.last_save = step, time.perf_counter()
-        self.watchdog.at("step")
-
-    def _evaluates(self, epochs: int) -> bool:
-        every = self.cfg.run.knn_every
-        return every > 0 and (epochs == self.cfg.optim.epochs or epochs % every == 0)
-
-    def make_up_evaluation(self) -> None:
-        """A run that was ended between a checkpoint and the evaluation that follows it makes up for it."""
-        epochs, within = divmod(self.start_step, self.steps_per_epoch)
-        if within or not epochs or not self._evaluates(epochs):
-            return
-        there = any(
-            r.get("step") == self.start_step and "knn" in r for r in lines_of(metrics_path(self.cfg.run.out_dir))
-        )
-        missing = torch.tensor([0 if there else 1], device=self.runtime.device)
-        if int(self.runtime.gather_rows(missing)[0]):
-            self._evaluate(self.start_step)
-
-    def _evaluate(self, step: int) -> None:
-        started = time.perf_counter()
-        backbone = self.take_step.method.student.get_submodule("backbone")
-        probes = WatchedProbes(self.loaders.probes, self.watchdog)
-        with not_compiled():
-            found = evaluate(
-                backbone, probes, self.cfg.evaluate, linear=False, gather=self.runtime.gather_rows
-            )  # fmt: skip
-        if self.saved_at == step and (self.best is None or found["knn"] > self.best[1]):
-            self.best = step, found["knn"]
-            self.saver.best = step
-        self.recorder.evaluated(step, found, time.perf_counter() - started)
-        self.recorder.restart_clock()  # this is not training
-        self.watchdog.at("step")
-
-    def _not_finite(self) -> str:
-        what = self.take_step.guarded.describe(self.start_step, self.runtime.collectives)
-        last = next(iter(checkpoint.found(checkpoints_path(self.cfg.run.out_dir))), None)
-        others = self.recorder.skipped - self.skipped - 1
-        return (
-            f"{what}. It and {others:,} other steps were left out, more than run.skip_limit={self.cfg.run.skip_limit} "
-            f"allows; {f'the last checkpoint is {last}' if last else 'nothing was saved'}. Lower optim.lr, or use "
-            "run.precision=fp32 or bf16"
-        )
-
-
-def best_evaluation(out_dir: Path) -> tuple[int, float] | None:
-    """Step and kNN accuracy of the best evaluation whose checkpoint is there."""
-    there = {path.name for path in checkpoint.found(checkpoints_path(out_dir))}
-    records = [
-        (record["step"], record["knn"])
-        for record in lines_of(metrics_path(out_dir))
-        if isinstance(record.get("knn"), float)
-        and isinstance(record.get("step"), int)
-        and checkpoint.name_of(record["step"]) in there
-    ]
-    return max(records, key=lambda record: record[1], default=None)
 
 
 # --- what the run is fed with, under supervision ---------------------------------------------------------------------
@@ -372,20 +257,3 @@ class Supervised:
         digests = [Digest(*values) for values in self.runtime.gather_rows(row).tolist()]
         if problem := disagreement(digests):
             raise RanksDiffer(problem)
-
-
-class WatchedProbes:
-    """The streams of an evaluation, with word to the watchdog of each batch."""
-
-    def __init__(self, probes: Probes, watchdog: Watchdog) -> None:
-        self.probes, self.watchdog = probes, watchdog
-
-    @property
-    def num_classes(self) -> int:
-        return self.probes.num_classes
-
-    def count(self, split: Split) -> int:
-        return self.probes.count(split)
-
-    def probe(self, split: Split, crops: Crops = "centre", epoch: int = 0) -> Probe:
-        return watched(self.probes.probe(split, crops, epoch), self.watchdog, "evaluation", "evaluation")

@@ -16,9 +16,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from ressl.batch import REPLACED, DataError
 from ressl.run_dir import append_line, bad_images_path, lines_of, metrics_path
 
+FEW_BAD = 10  # images that may be bad in a data set of any size
 LINE_EVERY_S = 60  # where there is no live bar, as in a log file, no silence is longer than this and one record
+
+
+def warn(console: Console, message: str) -> None:
+    console.print(f"warning: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 class BadImages:
@@ -29,11 +35,13 @@ class BadImages:
         self.path, self.console, self.rank = bad_images_path(out_dir), console, rank
         self.after_step = 0
         self._known: set[str] | None = None
+        self._bad: set[str] = set()  # what is known without its replacement, another one in each epoch
         self._early: list[str] = []  # what is said before there is a directory to write to
 
     def open(self) -> None:
         """From here on there is a directory."""
-        self._known = {str(record.get("message")) for record in lines_of(self.path)}
+        self._known = set()
+        self._learn()
         for message in self._early:
             self.report(message)
 
@@ -45,7 +53,24 @@ class BadImages:
         if message not in self._known:
             with suppress(OSError):
                 append_line(self.path, {"after_step": self.after_step, "rank": self.rank, "message": message})
-        self.console.print(f"warning: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+            self._known.add(message)
+            self._learn()
+        warn(self.console, message)
+
+    def check(self, images: int, share: float) -> None:
+        """Raises DataError where more than `share` of the `images` of the data set were bad so far, and more than
+        FEW_BAD."""
+        if len(self._bad) > max(FEW_BAD, share * images):
+            raise DataError(
+                f"{len(self._bad):,} of {images:,} images could not be read, more than data.max_bad={share:g} allows; "
+                f"they are listed in {self.path}"
+            )
+
+    def _learn(self) -> None:
+        """What other ranks have recorded too."""
+        assert self._known is not None
+        self._known |= {str(record.get("message")) for record in lines_of(self.path)}
+        self._bad = {message.split(REPLACED)[0] for message in self._known}
 
 
 class Recorder:
@@ -120,7 +145,7 @@ class Recorder:
         seconds, self.since = now - self.since, now
         skipped, self.skipped = self.skipped, int(values.pop("skipped", 0))
         if self.skipped > skipped and self.active:
-            self._print_warning(f"by step {step:,}, {self.skipped:,} steps were left out: not finite")
+            warn(self.console, f"by step {step:,}, {self.skipped:,} steps were left out: not finite")
         self.logged = names
         images = (step - self.last_step) * self.images
         self.trained_s, self.trained_images = self.trained_s + seconds, self.trained_images + images
@@ -151,7 +176,7 @@ class Recorder:
             self._unwritten = False
         except OSError as error:
             if not self._unwritten:
-                self._print_warning(f"{self.file}: cannot be written: {error.strerror}; the run goes on without")
+                warn(self.console, f"{self.file}: cannot be written: {error.strerror}; the run goes on without")
             self._unwritten = True
         if self.track:
             self.track(step, {k: v for k, v in finite.items() if isinstance(v, float)})
@@ -159,11 +184,8 @@ class Recorder:
     def _warn(self, warning: str) -> None:
         """Once; the log says it at each record."""
         if not self._warned:
-            self._print_warning(warning)
+            warn(self.console, warning)
         self._warned = True
-
-    def _print_warning(self, text: str) -> None:
-        self.console.print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     def evaluated(self, step: int, values: Mapping[str, float], seconds: float) -> None:
         """The result of an evaluation between epochs."""

@@ -19,9 +19,9 @@ from ressl.config_file import ConfigError, load_config, save_config
 # keys, and beginnings of keys, that may differ between a run and its continuation: training depends on none of them, or
 # by no more than how numbers are rounded
 FREE = (
-    "data.placement", "data.prefetch", "data.source.budget_gb", "data.source.cache", "data.source.memory",
-    "data.source.val", "data.source.workers", "evaluate.", "method.loss_impl", "run.checkpoint.", "run.compile",
-    "run.cuda_graphs", "run.device", "run.hang_timeout", "run.knn_every", "run.log_every", "run.out_dir",
+    "data.max_bad", "data.placement", "data.prefetch", "data.source.budget_gb", "data.source.cache",
+    "data.source.memory", "data.source.val", "data.source.workers", "evaluate.", "method.loss_impl", "run.checkpoint.",
+    "run.compile", "run.cuda_graphs", "run.device", "run.hang_timeout", "run.knn_every", "run.log_every", "run.out_dir",
     "run.skip_limit", "run.tensorboard", "views.impl",
 )  # fmt: skip
 LOCK = ".lock"
@@ -81,7 +81,7 @@ def check_run_dir(cfg: Config, allowed: Sequence[str] = ()) -> dict[str, tuple[A
     if refused and started:
         raise RunDirError(
             f"run.out_dir={out_dir} holds a run of another configuration: choose another, remove it, or go on with a "
-            f"change by --allow-change KEY\n{_side_by_side(refused)}"
+            f"change by --allow-change KEY\n{side_by_side(refused)}"
         )
     return differing if started else {}
 
@@ -103,17 +103,18 @@ def make_run_dir(cfg: Config, allowed: Sequence[str] = ()) -> TextIO:
     return held
 
 
-def accept_changes(cfg: Config, allowed: Sequence[str]) -> None:
+def accept_changes(cfg: Config, allowed: Sequence[str]) -> dict[str, tuple[Any, Any]]:
     """The run has been gone on with: what differs, and was `allowed`, is its config now, and stands in its log of
-    changes."""
+    changes. Returns it, with both values."""
     changed = check_run_dir(cfg, allowed)
     if changed:
         changes = {key: {"from": old, "to": new} for key, (old, new) in changed.items()}
         append_line(cfg.run.out_dir / "changes.jsonl", {"changed": changes})
         save_config(cfg, config_path(cfg.run.out_dir))
+    return changed
 
 
-def _side_by_side(differing: dict[str, tuple[Any, Any]]) -> str:
+def side_by_side(differing: Mapping[str, tuple[Any, Any]]) -> str:
     """Two columns: what is there, what is here."""
     rows = [("", "there", "here"), *((key, str(old), str(new)) for key, (old, new) in differing.items())]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
@@ -124,16 +125,29 @@ def _within(key: str, section: str) -> bool:
     return key == section or key.startswith(f"{section}.")
 
 
+def check_not_in_use(out_dir: Path) -> None:
+    """Raises RunDirError if another process holds the lock of the run now. A moment later one may: see `lock`."""
+    with suppress(OSError), (out_dir / LOCK).open() as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _in_use(out_dir, held) from None
+
+
+def _in_use(out_dir: Path, held: TextIO) -> RunDirError:
+    held.seek(0)
+    return RunDirError(f"{out_dir} is in use by {held.read().strip() or 'another process'}")
+
+
 def lock(path: Path) -> TextIO:
     """Holds `path`, made if it is not there, until the returned file is closed. Raises RunDirError if another does."""
     held = path.open("a+")
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        held.seek(0)
-        who = held.read().strip() or "another process"
+        problem = _in_use(path.parent, held)
         held.close()
-        raise RunDirError(f"{path.parent} is in use by {who}") from None
+        raise problem from None
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
             raise
@@ -153,10 +167,12 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
         before = os.fstat(file).st_size
         try:
             if os.write(file, line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError:
             os.ftruncate(file, before)
             raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         os.close(file)
 

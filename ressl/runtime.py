@@ -43,7 +43,9 @@ class Runtime:
     def __init__(self, cfg: RunConfig) -> None:
         cpu = preferred_device(cfg).type == "cpu"
         if cpu and cfg.device == "cuda":
-            raise MachineError("run.device=cuda, but torch sees no GPU here: see `python launch.py doctor`")
+            raise MachineError(
+                "run.device=cuda, but torch sees no GPU here: see `python launch.py doctor`, or give run.device=auto"
+            )
         if cpu and cfg.precision == "fp16":
             raise MachineError("run.precision=fp16 needs a GPU: choose fp32 or bf16")
         if not launched():

@@ -1,6 +1,5 @@
 """What a run is between two steps: taken for a checkpoint while the run goes on, and put back into a new one."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,24 +7,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ressl.checkpoint import Checkpoint, CheckpointError, Manifest
+from ressl.checkpoint import TRAINING, Checkpoint, CheckpointError, Manifest
 from ressl.guard import Guard
 from ressl.optim import load_optimizer_
 from ressl.runtime import Runtime
 
+STATES = ("optimizer", "scaler", "guard", "statistics", "random")  # what there is beside the method
 STATISTICS = ("running_mean", "running_var")  # the ends of the names of what batch norm keeps, other on each rank
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     saved: Checkpoint
+    left_out: Tensor
+    """() bool: whether the step before was not finite. Weights that lead to such steps may be of no use."""
     copied: torch.cuda.Event | None
-    """When it has happened, the tensors of `saved` are what they are to be; None: they are."""
+    """When it has happened, the tensors are what they are to be; None: they are."""
 
-    def wait(self) -> Checkpoint:
+    def wait(self) -> tuple[Checkpoint, bool]:
+        """`saved` and `left_out`."""
         if self.copied is not None:
             self.copied.synchronize()
-        return self.saved
+        return self.saved, bool(self.left_out)
 
 
 def take_snapshot(
@@ -52,20 +55,36 @@ def take_snapshot(
         "statistics": statistics,
         "random": random,
     }
-    saved = Checkpoint(about, _on_host(model), _on_host(training))
+    saved, left_out = Checkpoint(about, _on_host(model), _on_host(training)), _on_host(guard.left_out)
     copied = None
     if runtime.device.type == "cuda":
         copied = torch.cuda.Event()
         copied.record(torch.cuda.current_stream(runtime.device))
-    return Snapshot(saved, copied)
+    return Snapshot(saved, left_out, copied)
 
 
 def restore_method_(method: nn.Module, saved: Checkpoint, path: Path) -> None:
     """Fills student, teacher and queue. Raises CheckpointError where they are of another shape."""
-    try:
-        method.load_state_dict(saved.model)
-    except RuntimeError as error:
-        raise _does_not_fit(path, error) from None
+    own = method.state_dict()
+    lacking = [name for name in own if name not in saved.model]
+    beyond = [name for name in saved.model if name not in own]
+    other = [name for name in own if name in saved.model and own[name].shape != saved.model[name].shape]
+    problems = [
+        *([f"{other[0]} is {_shape(saved.model[other[0]])} there and {_shape(own[other[0]])} here"] if other else []),
+        *([f"{lacking[0]} is not there"] if lacking else []),
+        *([f"{beyond[0]} is not here"] if beyond else []),
+    ]
+    if problems:
+        count = len(lacking) + len(beyond) + len(other)
+        raise CheckpointError(
+            f"{path}: made with another encoder or method than the config's: {'; '.join(problems)} "
+            f"({count:,} of {len(own):,} tensors differ)"
+        )
+    method.load_state_dict(saved.model)
+
+
+def _shape(value: Tensor) -> str:
+    return " x ".join(map(str, value.shape)) or "one number"
 
 
 def restore_(
@@ -80,6 +99,8 @@ def restore_(
     """Makes a run what it was. With as many ranks as then, each gets its own running statistics and random numbers
     back; otherwise all get the mean of the statistics. Raises CheckpointError."""
     restore_method_(method, saved, path)
+    if lacking := [name for name in STATES if name not in saved.training]:
+        raise CheckpointError(f"{path / TRAINING} lacks {', '.join(lacking)}: what the run was is not known whole")
     try:
         load_optimizer_(optimizer, saved.training["optimizer"])
         runtime.load_scaler_state(saved.training["scaler"])
@@ -88,7 +109,8 @@ def restore_(
             _put_back_(method, saved.training["statistics"][runtime.rank])
             _set_random_numbers(saved.training["random"][runtime.rank], runtime.device)
     except (RuntimeError, ValueError, LookupError, TypeError) as error:
-        raise _does_not_fit(path, error) from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise CheckpointError(f"{path / TRAINING}: does not fit the config's optimizer: {reason}") from None
 
 
 def _put_back_(method: nn.Module, statistics: Tensor) -> None:
@@ -127,10 +149,3 @@ def _on_host(tree: Any) -> Any:
         case list() | tuple():
             return [_on_host(branch) for branch in tree]
     return tree
-
-
-def _does_not_fit(path: Path, error: Exception) -> CheckpointError:
-    lines: Sequence[str] = str(error).splitlines() or [type(error).__name__]
-    reasons = [line.strip() for line in lines if "size mismatch" in line or "key(s)" in line]
-    reason = (reasons or list(lines))[0][:200]
-    return CheckpointError(f"{path}: does not fit the configured encoder, method and optimizer: {reason}")

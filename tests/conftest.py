@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -37,6 +38,13 @@ REPO = Path(__file__).resolve().parents[1]
 def repo() -> Path:
     """The checkout."""
     return REPO
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _signals_as_on_a_terminal() -> None:
+    """Also under nohup and in the background, where some are ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

@@ -224,7 +224,7 @@ def disturbed(config: Path, out: Path, total: int, kills: int, draw: random.Rand
         if draw.random() < 0.2:
             report.torn += _tear(out, draw)
     report.runs, report.steps = report.runs + 1, report.steps + total
-    report.gone_back += out.with_suffix(".log").read_text().count("going back to the one before")
+    report.gone_back += out.with_suffix(".log").read_text().count(": going back to step-")
 
 
 def _await(condition: Callable[[], bool], ranks: list[int], seconds: float = STILL_S) -> bool:

@@ -144,6 +144,34 @@ def test_a_bad_image_is_replaced_and_kept_on_record(
     assert f"warning: {named}" in out
 
 
+def test_too_many_bad_images_end_the_run(ressl: Launch, tiny_config: Path, data: Path, tmp_path: Path) -> None:
+    paths = sorted((data / "folder").rglob("*.png"))
+    for path in paths[:11]:
+        path.write_bytes(b"")
+    begun = ["pretrain", tiny_config, source("folder", data / "folder"), "optim.batch_size=8"]
+    code, _, err = ressl(*begun)
+    assert code == 2
+    assert error_of(err) == (
+        f"11 of 72 images could not be read, more than data.max_bad=0.01 allows; they are listed in "
+        f"{tmp_path / 'run' / 'bad_images.jsonl'}"
+    )
+    assert ressl(*begun, "data.max_bad=0.2")[0] == 0  # in two epochs, each with others in their places
+    paths[0].write_bytes(paths[20].read_bytes())
+    assert ressl(*begun, f"run.out_dir={tmp_path / 'other'}")[0] == 0  # ten may always
+
+
+def test_too_many_bad_images_are_counted_over_all_ranks(
+    forked_ranks, tiny_config: Path, data: Path, tmp_path: Path
+) -> None:
+    for path in sorted((data / "folder").rglob("*.png"))[:11]:
+        path.write_bytes(b"")
+    log = tmp_path / "log"  # a step sees all, a rank half of them
+    given = [source("folder", data / "folder"), "optim.batch_size=72", "optim.epochs=20", f"run.out_dir={tmp_path}/run"]
+    codes = forked_ranks.wait(forked_ranks.start(tiny_config, *given, log=log))
+    assert set(codes) <= {1, 2} and 2 in codes, log.read_text()
+    assert log.read_text().count("ressl: error: 11 of 72 images could not be read") == 1
+
+
 # --- while the run goes on -------------------------------------------------------------------------------------------
 
 

@@ -81,15 +81,29 @@ def test_a_few_steps_that_are_not_finite_are_left_out_on_both_ranks(tiny: Path, 
     assert int(last[1].model["queue.cursor"]) == 6 * 16 % 40  # two steps have not pushed their embeddings
 
 
+def test_of_weights_that_lead_to_no_number_nothing_is_saved_unless_the_run_is_to_end(
+    tiny: Path, forked_ranks, tmp_path: Path
+) -> None:
+    """They are finite, but would take the places of good ones."""
+    run = Run(forked_ranks, tiny, tmp_path, "nan", [2, 3, 4, 5, 6, 7], "run.checkpoint.steps=1")
+    assert run.codes == [0, 0], run.said
+    assert [path.name for path in checkpoint.found(checkpoints_path(run.out))] == [
+        checkpoint.name_of(step) for step in (8, 2, 1)
+    ]
+
+
 def test_too_many_end_the_run_with_step_rank_images_and_the_last_good_checkpoint(
     tiny: Path, forked_ranks, tmp_path: Path
 ) -> None:
     run = Run(forked_ranks, tiny, tmp_path, "nan", [3, 4, 5, 6, 7], "run.skip_limit=2")
     assert run.codes[0] == 5 and run.codes[1] == 5, run.said
     (error,) = run.errors
-    assert "of step 6 were not finite on rank 1; images " in error and "more than run.skip_limit=2 allows" in error
+    assert "of step 6 were not finite on rank 1; images " in error and "Left out: it and 2 others, more than" in error
+    again = f"go on with: python launch.py resume {run.out} optim.lr=0.03 --allow-change optim.lr"
+    assert "more than run.skip_limit=2 allows" in error and error.endswith(again)
     last = checkpoint.newest(checkpoints_path(run.out))
     assert last is not None and str(last[0]) in error and last[2] == []
+    assert last[1].about.step == 2  # none was saved after a step that was left out
     assert all(value.isfinite().all() for value in last[1].model.values())
     named = error.split("images ")[1].split(".")[0].split(", ")
     assert len(named) == 8 and all(0 <= int(name) < 72 for name in named)

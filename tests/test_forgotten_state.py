@@ -127,7 +127,9 @@ def test_a_state_that_is_missing_is_refused(key: str, run: Path, tmp_path: Path)
     def without(saved: Checkpoint) -> Checkpoint:
         return replace(saved, training={k: v for k, v in saved.training.items() if k != key})
 
-    with pytest.raises(checkpoint.CheckpointError, match=f"does not fit.*{key}"):
+    with pytest.raises(
+        checkpoint.CheckpointError, match=f"training.pt lacks {key}: what the run was is not known whole"
+    ):
         gone_on(run, tmp_path, without)
 
 

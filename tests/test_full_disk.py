@@ -21,7 +21,7 @@ def test_on_a_disk_of_any_size_a_run_ends_in_one_line_and_can_be_finished_later(
 ) -> None:
     short = ["optim.epochs=1", "run.checkpoint.steps=2"]
     assert ressl("pretrain", tiny_config, *short)[0] == 0
-    whole, codes = state(tmp_path / "run"), set()
+    whole, codes, early_ones = state(tmp_path / "run"), set(), set()
     for number in range(20):
         place = disk(PAGE * (2 + 4 * number))
         run = place / f"run{number}"
@@ -30,7 +30,9 @@ def test_on_a_disk_of_any_size_a_run_ends_in_one_line_and_can_be_finished_later(
         assert code in (0, 2, 4) and "Traceback" not in err and err.count("ressl: error: ") == (code != 0), err
         if "needs" in err:
             assert "MiB are free in" in err and "No space left on device" in err
-            assert "the checkpoints before it stay, and the next one is tried" in out
+            early = "; the next one is tried" in out  # else it was the last one
+            assert early == ("those before it stay" in out or "there is none yet, so all is lost if" in out)
+            early_ones.add(early)
         for path in checkpoint.found(checkpoints_path(run)):
             checkpoint.read(path)  # whole, or it would not be there
         if (run / "metrics.jsonl").exists():
@@ -41,4 +43,4 @@ def test_on_a_disk_of_any_size_a_run_ends_in_one_line_and_can_be_finished_later(
         assert not [*checkpoints_path(run).glob(".*")]
         for path in sorted(place.rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
-    assert codes >= {0, 4}
+    assert codes >= {0, 4} and True in early_ones

@@ -12,11 +12,14 @@ import launch
 from pipelines import build_loaders
 from pipelines.draws import uniforms
 from ressl import checkpoint
+from ressl.checkpoint import Manifest
 from ressl.config import Config
 from ressl.config_file import load_config
 from ressl.graphs import WARM_UP, Logs
 from ressl.runtime import Runtime
-from ressl.step import build_step
+from ressl.snapshot import take_snapshot
+from ressl.step import TrainStep, build_step
+from tools.evaluation import chosen_checkpoint
 
 pytestmark = pytest.mark.gpu
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -49,17 +52,17 @@ def test_a_run_learns_in_every_precision(precision: str, tiny_config: Path, tmp_
     )
     assert launch.run(cfg, Console(quiet=True)) > 0
     console = Console(quiet=True)
-    found = launch.evaluate_run(cfg, console, network="student", knn=True, linear=False, untrained=False)
-    assert found["knn"] > 0.9
+    saved = chosen_checkpoint(cfg.run.out_dir, "last", console)
+    assert launch.evaluate_run(cfg, console, saved, linear=False)["knn"] > 0.9
 
 
-def steps_of(cfg: Config) -> Callable[[], Logs]:
-    """A function that takes the next step of the config's run, over as many epochs as it is called for."""
+def built(cfg: Config) -> tuple[Runtime, TrainStep, Callable[[], Logs]]:
+    """The last is a function that takes the next step of the config's run, over as many epochs as it is called for."""
     runtime = Runtime(cfg.run)
     torch.manual_seed(cfg.run.seed)
     stream = build_loaders(cfg, device=runtime.device, dtype=runtime.dtype).train
     take_step, batches = build_step(cfg, runtime), chain.from_iterable(map(stream.epoch, range(100)))
-    return lambda: take_step(batches, lr=0.01, momentum=0.99)
+    return runtime, take_step, lambda: take_step(batches, lr=0.01, momentum=0.99)
 
 
 @pytest.mark.parametrize(
@@ -82,16 +85,26 @@ def test_five_steady_steps_never_wait_for_the_device(overrides: list[str], tiny_
     if "dali" in overrides[0]:
         pytest.importorskip("nvidia.dali")
     given = [item.replace("DATA", str(tiny_data)) for item in overrides]
-    step = steps_of(load_config(tiny_config, ["run.device=auto", "run.precision=bf16", "optim.batch_size=8", *given]))
+    cfg = load_config(tiny_config, ["run.device=auto", "run.precision=bf16", "optim.batch_size=8", *given])
+    runtime, take_step, step = built(cfg)
     for _ in range(WARM_UP + 2):
         step()
+    about = Manifest(step=WARM_UP + 4, images=72, data=0, world_size=1, local_ranks=1, device="cuda")
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for _ in range(5):
+        for _ in range(2):
+            step()
+        snapshot = None
+        if not runtime.scales_gradients:  # the scale is read
+            snapshot = take_snapshot(about, take_step.method, take_step.plain, take_step.guarded, runtime)
+        for _ in range(3):
             step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    if snapshot:
+        saved, left_out = snapshot.wait()
+        assert not left_out and all(value.isfinite().all() for value in saved.model.values())
 
 
 def test_a_captured_run_evaluates_changes_its_sizes_and_goes_on(tiny_config: Path, tmp_path: Path) -> None:
@@ -102,7 +115,7 @@ def test_a_captured_run_evaluates_changes_its_sizes_and_goes_on(tiny_config: Pat
     found = checkpoint.newest(tmp_path / "run" / "checkpoints")
     assert found is not None and found[1].about.step == 12 * 4
     again = load_config(tiny_config, [*base, sizes, "optim.epochs=12", "run.cuda_graphs=false"])
-    assert launch.evaluate_run(again, Console(quiet=True), network="student", knn=True, linear=False, untrained=False)
+    assert launch.evaluate_run(again, Console(quiet=True), found[:2], linear=False)
 
 
 @pytest.mark.parametrize("optim", ["sgd", "lars", "adamw"])
@@ -113,6 +126,6 @@ def test_a_captured_step_trains_as_the_plain_one(optim: str, tiny_config: Path) 
     base = ["run.device=auto", f"optim={{name: {optim}, epochs: 2, batch_size: 16, {rate}, warmup_epochs: 0}}"]
     losses = []
     for graphs in ("false", "true"):
-        step = steps_of(load_config(tiny_config, [*base, f"run.cuda_graphs={graphs}"]))
+        _, _, step = built(load_config(tiny_config, [*base, f"run.cuda_graphs={graphs}"]))
         losses.append(torch.stack([step()[0]["loss"].clone() for _ in range(2 * WARM_UP)]))
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=1e-3)

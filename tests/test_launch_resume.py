@@ -79,9 +79,10 @@ def test_where_all_checkpoints_are_damaged_nothing_is_begun_anew(
     for path in checkpoint.found(checkpoints_path(tmp_path / "run")):
         (path / checkpoint.MODEL).write_bytes(b"hello")
     for verb in (["evaluate", tmp_path / "run"], ["pretrain", tiny_config], ["resume", tmp_path / "run"]):
-        code, _, err = ressl(*verb)
-        assert code == 3 and "none of 2 checkpoints can be used" in err and "Traceback" not in err
-        assert err.count("model.safetensors: damaged: it is not what MANIFEST.json says") == 2
+        code, out, err = ressl(*verb)
+        assert code == 3 and "none of its checkpoints can be used" in err and "Traceback" not in err
+        assert (out + err).count("model.safetensors: damaged: it is not what MANIFEST.json says") == 2
+        assert "going back" not in out
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == log
 
 
@@ -93,7 +94,7 @@ def test_where_the_newest_is_damaged_the_one_before_is_taken_and_it_is_said(
     state = last_state(tmp_path / "run")
     (newest / checkpoint.TRAINING).write_bytes(b"hello")
     code, out, _ = ressl("evaluate", tmp_path / "run", "--no-linear")
-    assert code == 0 and f"warning: {newest}" in out and "going back to the one before" in out
+    assert code == 0 and f"warning: {newest}" in out and "going back to step-00000004" in out
     code, out, _ = ressl("pretrain", tiny_config)
     assert code == 0 and f"warning: {newest}" in out and "going on after step 4" in out
     assert last_state(tmp_path / "run") == state
@@ -108,7 +109,8 @@ def test_the_best_checkpoint_stays_and_can_be_evaluated(ressl: Launch, tiny_conf
     there = [path.name for path in checkpoint.found(checkpoints_path(tmp_path / "run"))]
     assert there == sorted({"step-00000016", f"step-{best:08d}"}, reverse=True)
     assert ressl("evaluate", tmp_path / "run", "--checkpoint", "best", "--no-linear")[0] == 0
-    assert json.loads((tmp_path / "run" / "evaluations.jsonl").read_text())["knn"] == found[best]
+    record = json.loads((tmp_path / "run" / "evaluations.jsonl").read_text())
+    assert (record["knn"], record["step"]) == (found[best], best)
     (tmp_path / "run" / "metrics.jsonl").unlink()
     code, _, err = ressl("evaluate", tmp_path / "run", "--checkpoint", "best")
     assert code == 3 and "see run.knn_every" in err
@@ -134,9 +136,11 @@ def test_a_change_can_be_allowed_by_name(ressl: Launch, tiny_config: Path, tmp_p
     assert code == 2 and "--allow-change optim.lrr: no such key; did you mean optim.lr?" in err
     code, out, _ = ressl(*change, "--allow-change", "optim.lr")
     assert code == 0 and "going on after step 4" in out and len(losses(tmp_path / "run")) == 8
+    assert "changed: optim.epochs from 1 to 2" in out and "changed: optim.lr from 0.06 to 0.01" in out
     (line,) = lines_of(tmp_path / "run" / "changes.jsonl")
     assert line["changed"] == {"optim.epochs": {"from": 1, "to": 2}, "optim.lr": {"from": 0.06, "to": 0.01}}
-    assert ressl("resume", tmp_path / "run", "optim.lr=0.06", "--allow-change", "optim")[0] == 0  # a whole section
+    code, out, _ = ressl("resume", tmp_path / "run", "optim.lr=0.06", "--allow-change", "optim")  # a whole section
+    assert code == 0 and "the run is complete: 8 steps" in out and "going on" not in out
 
 
 def test_resuming_what_is_no_run_or_has_no_checkpoint(ressl: Launch, tiny_config: Path, tmp_path: Path) -> None:
@@ -145,7 +149,9 @@ def test_resuming_what_is_no_run_or_has_no_checkpoint(ressl: Launch, tiny_config
     assert ressl("pretrain", tiny_config, "optim.epochs=1")[0] == 0
     shutil.rmtree(checkpoints_path(tmp_path / "run"))
     code, _, err = ressl("resume", tmp_path / "run")
-    assert code == 3 and "checkpoints: no checkpoint here to go on from" in err
+    assert code == 3 and "checkpoints: no checkpoint here to go on from; to begin the run again: python" in err
+    (again,) = [line.split("python launch.py ")[1].split() for line in err.splitlines()]
+    assert ressl(*again)[0] == 0 and checkpoint.found(checkpoints_path(tmp_path / "run"))
 
 
 def test_going_on_with_other_images_is_refused(
@@ -157,10 +163,12 @@ def test_going_on_with_other_images_is_refused(
     image = images / "colour0" / "000.png"
     image.rename(images / "colour1" / "000.png")  # as many as before, with another label
     code, _, err = ressl(*again)
-    assert code == 3 and "data.source.train has other images or labels than those that the run saw" in err
+    assert code == 2 and "the run saw other images than data.source.train has now" in err
+    rows = [line.split() for line in err.splitlines()]
+    assert ["there", "here"] in rows and ["images", "72", "72"] in rows and "(hash)" in err
     (images / "colour1" / "000.png").unlink()
     code, _, err = ressl(*again)
-    assert code == 3 and "the run saw 72 images, data.source.train has 71 now" in err
+    assert code == 2 and ["images", "72", "71"] in [line.split() for line in err.splitlines()]
 
 
 def test_a_run_begun_anew_with_a_change_is_that_of_its_config(ressl: Launch, tiny_config: Path, tmp_path: Path) -> None:

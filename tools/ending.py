@@ -18,12 +18,12 @@ from ressl.run_dir import RunDirError
 from ressl.runtime import MachineError
 from ressl.stop import Stopped
 from tools.convert import DiskFull
+from tools.early import STOPPED
 from tools.forked import WorkerDied
 from tools.processes import ProcessesFailed, another_failed, first_to_fail, tell_stopped
 
 HANG = 6
-STOPPED = 130  # after Ctrl-C
-SAVED = 75  # asked to stop, and saved: the same command, or `resume`, goes on (EX_TEMPFAIL of <sysexits.h>)
+CTRL_C = 130
 SMALLER = "lower optim.batch_size or method.queue_size, or raise optim.accumulate"
 
 
@@ -39,7 +39,7 @@ def exit_code(verb: Callable[[], object]) -> int:
         if os.environ.get("RANK", "0") == "0":
             with suppress(OSError):  # the terminal may be what was lost
                 print(f"ressl: {stopped}", file=sys.stderr, flush=True)
-        return 0 if tell_stopped() else SAVED
+        return 0 if tell_stopped() else STOPPED
     except (ConfigError, DataError, RunDirError, RanksDiffer) as error:
         return _fail(error, 2)
     except CheckpointError as error:
@@ -61,7 +61,7 @@ def exit_code(verb: Callable[[], object]) -> int:
             raise
         return _fail(f"out of memory; {SMALLER}", 4)
     except SystemExit as stop:  # typer has said what there is to say, except after Ctrl-C
-        return _fail("stopped", STOPPED) if stop.code == STOPPED else int(stop.code or 0)
+        return _fail("stopped", CTRL_C) if stop.code == CTRL_C else int(stop.code or 0)
 
 
 def end_hanging(message: str) -> None:

@@ -8,23 +8,52 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
+from tools.early import STOPPED
 from tools.nodes import BEAT_S, SILENCE_S, Over, Peer, Place
 
-FIRST = "first"  # in a launcher's directory of failures: the exit code of the first process to fail
-STOPPED, AT_ONCE = 75, 130  # exit codes of a run that was asked to stop, and of one that was ended at once
-HOW = {STOPPED: "was stopped before the first step: nothing to save", AT_ONCE: "was ended at once"}
+FIRST = "first"  # in a launcher's directory of failures: the mark of the first process to fail
+AT_ONCE = 130  # exit code of a run that was ended at once
+HOW = {STOPPED: "was stopped before the first step: there is nothing new to save", AT_ONCE: "was ended at once"}
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """How the first process failed: with what exit code; whether it was `lost`, through nothing of its own; and what is
+    still to be said of it. A process that ended by itself has said why."""
+
+    code: int
+    lost: bool = False
+    text: str = ""
+
+
+def leave_mark(failures: Path, mark: Mark) -> bool:
+    """Whether it is the first."""
+    try:
+        with (failures / FIRST).open("x") as file:
+            file.write("\n".join([str(mark.code), "lost" if mark.lost else "", mark.text]))
+        return True
+    except FileExistsError:
+        return False
+
+
+def read_mark(failures: Path) -> Mark | None:
+    """None where there is none, or a process was ended amid leaving it."""
+    try:
+        code, lost, text = ((failures / FIRST).read_text() + "\n\n").split("\n")[:3]
+        return Mark(int(code), bool(lost), text)
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 class Watch:
     """While the processes of this node run: tells the other nodes when one has failed, and hears when another node is
     over. A context manager; `over` is what another node's end was, or None: the processes here must end then.
 
-    `failures` is the directory where a process leaves the exit code of the first failure in the file FIRST; for the
-    end of another node its code is written there, so that processes that lost touch with it know why.
+    `failures` is the directory where a process leaves the mark of the first failure; for the end of another node one
+    is left there, so that processes that lost touch with it know why.
     """
 
     def __init__(self, place: Place, peers: list[Peer], failures: Path, silence_s: float = SILENCE_S) -> None:
@@ -60,8 +89,12 @@ class Watch:
             peer.part({"bye": 0} if well else {"over": astuple(self.over or self._own_end(code))})
 
     def _own_end(self, code: int) -> Over:
-        how = HOW.get(code, f"failed, exit code {code}")
-        return Over(self._place.node, code, f"node {self._place.node} ({socket.gethostname()}) {how}")
+        mark = read_mark(self._failures)
+        if mark is None or mark.code != code:
+            mark = Mark(code)
+        here = f"node {self._place.node} ({socket.gethostname()})"
+        told = f"{here}: {mark.text}" if mark.text else f"{here} {HOW.get(code, f'failed, exit code {code}')}"
+        return Over(self._place.node, code, told, mark.lost)
 
     def _run(self) -> None:
         while not self._stop.wait(BEAT_S):
@@ -78,12 +111,11 @@ class Watch:
 
     def _tell_failure(self) -> None:
         """At once, for it may take long to end the other processes here."""
-        first = self._failures / FIRST
-        code = first.read_text() if first.exists() and not self._told and not self.over else ""
-        if code:
+        mark = None if self._told or self.over else read_mark(self._failures)
+        if mark:
             self._told = True
             for peer in self._peers:
-                peer.send({"over": astuple(self._own_end(int(code)))})
+                peer.send({"over": astuple(self._own_end(mark.code))})
 
     def _listen_to(self, peer: Peer) -> None:
         messages = peer.receive(0)
@@ -95,9 +127,11 @@ class Watch:
         elif peer.node in self._done:  # what becomes of its launcher now is nothing to us
             pass
         elif peer.closed:
-            self._end(Over(peer.node, 4, f"{peer} was lost: its launcher was killed, or the network failed"), peer)
+            text = f"{peer} was lost: its launcher was killed, or the network failed"
+            self._end(Over(peer.node, 4, text, lost=True), peer)
         elif time.monotonic() - peer.heard > self._silence_s:
-            self._end(Over(peer.node, 4, f"{peer} was lost: not heard of for {self._silence_s:g} s"), peer)
+            text = f"{peer} was lost: not heard of for {self._silence_s:g} s"
+            self._end(Over(peer.node, 4, text, lost=True), peer)
         if peer.closed:
             peer.connection.close()
 
@@ -108,6 +142,5 @@ class Watch:
         for peer in self._peers:
             if peer is not source:
                 peer.send({"over": astuple(over)})
-        with suppress(FileExistsError), (self._failures / FIRST).open("x") as file:
-            file.write(str(over.code))
+        leave_mark(self._failures, Mark(over.code, over.lost))
         self.over = over

@@ -42,6 +42,7 @@ class Over:
     node: int
     code: int
     text: str
+    lost: bool = False  # a process, or the node, through nothing of its own
 
 
 def check_nodes(nodes: int, node_rank: int, rendezvous: str | None, ranks: int) -> None:
@@ -328,7 +329,7 @@ def _greet(place: Place, peer: Peer, hello: Message) -> int:
                         return port
                     case {"refused": str(reason)}:
                         raise ConfigError(f"node 0 ({place.host}) refused this node {place.node}: {reason}")
-                    case {"over": [_, _, str(text)]}:
+                    case {"over": [_, _, str(text), _]}:
                         raise MachineError(text)
             messages = peer.receive(BEAT_S)
         if welcome:

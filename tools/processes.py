@@ -1,7 +1,6 @@
 """Starts the processes of a run, on this machine or as one of several; passes on to them what asks a run to stop; and
 tells of a failure once, not once a process."""
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -19,21 +18,21 @@ from typing import Any, Self
 from torch.distributed import DistError, TCPStore
 
 from ressl.runtime import MachineError
-from tools.node_watch import AT_ONCE, FIRST, STOPPED, Watch
+from ressl.stop import ASKING, AT_ONCE_S, HEARD
+from tools.early import LAUNCHER, STOPPED
+from tools.node_watch import AT_ONCE, FIRST, Mark, Watch, leave_mark, read_mark
 from tools.nodes import SILENCE_S, Peer, Place, check_nodes, gather, place_of, reach, say
+from tools.resuming import how_to_go_on, last_checkpoint
 
 FAILURES = "RESSL_FAILURES"  # a directory in which the first process to fail leaves a mark
 SAVED = "stopped"  # there: the mark of a process that was asked to stop, and has saved
-LAUNCHER = "RESSL_LAUNCHER"  # the launcher's process id
 LOST_TOUCH = "RESSL_LOST_TOUCH"  # for how many seconds a process that fails waits for word of another's failure
 LOST_TOUCH_S = {"here": 1.0, "elsewhere": 5.0}
 ENDING_S = 5.0  # for processes to end by themselves when another has failed
 KILLED_S = 30.0  # for killed processes to be gone: the kernel may hold them
 LOOK_S = 0.05  # between two looks at the processes
 START_S = 60.0  # for the launchers, who have met, to reach the port where the processes meet
-AGAIN_S = 0.5  # two signals nearer than that are one, told twice: by the terminal, and by a program that passes it on
-ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # Ctrl-C, kill, SLURM's warning, lost terminal
-MENDED = (1, 4, 6)  # exit codes after which it may go better: what no one foresaw, the machine, a hang
+MENDED = {1: "failed", 6: "hung"}  # exit codes after which it may go better
 HINTS: dict[int, str] = {
     signal.SIGKILL: " (out of memory?)",
     signal.SIGBUS: " (was a data file cut while it was read, or is /dev/shm full?)",
@@ -52,11 +51,17 @@ class ProcessesFailed(RuntimeError):
 @dataclass(frozen=True, slots=True)
 class End:
     """How the processes of this node ended: the exit code, what is still to be said of it, and whether they did `well`,
-    that is came to the end of the run, or saved when asked to stop."""
+    that is came to the end of the run, or saved when asked to stop; or one was `lost`, or a whole node."""
 
     code: int
     text: str = ""
     well: bool = False
+    lost: bool = False
+
+    @property
+    def may_be_mended(self) -> bool:
+        """By starting again. What the machine refuses, as a full disk, it would refuse again."""
+        return self.lost or self.code in MENDED
 
 
 ENDED_AT_ONCE = End(AT_ONCE, "ended at once: what came after the last checkpoint is lost")
@@ -73,12 +78,13 @@ def run_processes(
     wait_s: float = 300.0,
     silence_s: float = SILENCE_S,
     max_restarts: int = 0,
+    run_dir: Path | None = None,
 ) -> None:
     """Runs `python COMMAND` as `count` ranks of one run here and waits for them. Raises ProcessesFailed.
 
     A signal in ASKING is passed on to the ranks, which are to save and end; a second Ctrl-C ends them at once. When one
     fails, the others are ended. If a signal that did not come through here killed it, or its exit code is in MENDED,
-    all start again, up to `max_restarts` times. To be called in the main thread.
+    all start again, up to `max_restarts` times, from the last checkpoint in `run_dir`. To be called in the main thread.
 
     With several `nodes`, called on each with its own `node_rank` and the same `rendezvous`, HOST:PORT on node 0: ranks
     node_rank * count and up are here. Nodes wait for each other for `wait_s` seconds and must agree on `count`, on
@@ -100,14 +106,24 @@ def run_processes(
                 else:
                     meet = partial(gather, place, count, settings, wait_s, max_restarts)
                     end = _run_among(place, ranks, meet, silence_s)
-            if restart > max_restarts or requests.first or end.code not in MENDED:
+            if restart > max_restarts or requests.first or not end.may_be_mended:
                 break
-            why = end.text or f"a process failed with exit code {end.code}"
-            say(f"{why}; starting again from the last checkpoint, restart {restart} of {max_restarts}")
-    if end.text:
-        say(end.text if end.code in (STOPPED, AT_ONCE) else f"error: {end.text}")
+            why = end.text or f"a process {MENDED[end.code]}"
+            last = run_dir and last_checkpoint(run_dir)
+            say(f"{why}; starting again from {last or 'the beginning'}, restart {restart} of {max_restarts}")
+    _tell(end, how_to_go_on(run_dir, nodes) if run_dir else "")
     if end.code:
         raise ProcessesFailed(end.code)
+
+
+def _tell(end: End, how: str) -> None:
+    """What is still to be said, and `how` to go on where that makes sense."""
+    if end.code in (STOPPED, AT_ONCE):
+        words = [end.text]
+    else:
+        words = [f"error: {end.text}" if end.text else "", how if end.may_be_mended else ""]
+    if any(words):
+        say("; ".join(filter(None, words)))
 
 
 def _serve(port: int) -> TCPStore:
@@ -139,10 +155,10 @@ def _run_among(place: Place, ranks: "Ranks", meet: Callable[[], tuple[list[Peer]
     except (DistError, MachineError) as error:
         end = End(4, str(error).splitlines()[0])
     finally:
-        if requests.at_once:
+        if watch.over and not requests.at_once:
+            end = End(watch.over.code, watch.over.text, lost=watch.over.lost)
+        elif requests.at_once and not end.well:
             end = ENDED_AT_ONCE
-        elif watch.over:
-            end = End(watch.over.code, watch.over.text)
         watch.leave(end.code, well=end.well)
         del store
     return end
@@ -190,13 +206,13 @@ class Requests:
 
     def nothing_saved(self) -> End:
         name = self.first.name if self.first else "a signal"
-        return End(STOPPED, f"stopped by {name} before the first step: nothing to save")
+        return End(STOPPED, f"stopped by {name} before the first step: there is nothing new to save")
 
     def _take(self, number: int, _frame: FrameType | None) -> None:
         now = time.monotonic()
         if self.first is None:
             self.first, self._when = signal.Signals(number), now
-        elif number == signal.SIGINT and now - self._when > AGAIN_S:
+        elif number == signal.SIGINT and now - self._when > AT_ONCE_S:
             self.at_once = True
         if self._raises:
             raise Asked
@@ -211,11 +227,13 @@ class Ranks:
     def __init__(self, command: Sequence[str], count: int, failures: Path, requests: Requests) -> None:
         self.command, self.count, self.failures, self.requests = command, count, failures, requests
         self._started: list[subprocess.Popen[bytes]] = []
+        self._first = 0  # the number of the first rank here
         self._at_once = False  # as another node wants it
 
     def run(self, host: str, port: int, place: Place | None = None, watch: Watch | None = None) -> End:
         """Starts them, to meet at `host` and `port`, and waits until all have ended, or must. None is left then."""
         nodes, node = (place.nodes, place.node) if place else (1, 0)
+        self._first = node * self.count
         shared = {
             "WORLD_SIZE": str(nodes * self.count),
             "LOCAL_WORLD_SIZE": str(self.count),
@@ -229,7 +247,7 @@ class Ranks:
         threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // self.count))}
         try:
             for local in range(self.count):
-                own = {"RANK": str(node * self.count + local), "LOCAL_RANK": str(local)}
+                own = {"RANK": str(self._first + local), "LOCAL_RANK": str(local)}
                 environment = threads | os.environ | shared | own
                 command = [sys.executable, "-u", *self.command]
                 self._started.append(subprocess.Popen(command, env=environment, start_new_session=True))
@@ -243,12 +261,13 @@ class Ranks:
         while True:
             codes = [rank.poll() for rank in self._started]
             # one that has saved may be struck by a signal once more while it ends
-            failed = [code for code in codes if code and not (-code in ASKING and saved.exists())]
+            struck = ASKING if saved.exists() else ()
+            failed = {rank: code for rank, code in enumerate(codes, self._first) if code and -code not in struck}
             if self.requests.at_once:
-                return ENDED_AT_ONCE
+                return End(STOPPED, well=True) if saved.exists() else ENDED_AT_ONCE
             if watch and watch.over:
                 self._at_once = watch.over.code == AT_ONCE
-                return End(watch.over.code, watch.over.text)
+                return End(watch.over.code, watch.over.text, lost=watch.over.lost)
             if failed or (since and time.monotonic() - since > ENDING_S):
                 return self._why(failed)
             if None not in codes:
@@ -257,7 +276,7 @@ class Ranks:
                 self._pass_on(self.requests.first)
                 passed_on = True
                 if self.requests.first == signal.SIGINT:
-                    say("the run finishes its step, saves and ends; Ctrl-C again ends it at once")
+                    say(HEARD)
             if not since and first.exists():  # it has failed, and is about to end
                 since = time.monotonic()
             time.sleep(LOOK_S)
@@ -267,21 +286,22 @@ class Ranks:
         for rank in self._started:
             rank.send_signal(signal.SIGTERM if asked == signal.SIGINT else asked)
 
-    def _why(self, failed: list[int]) -> End:
-        """How the first process failed. One that could not leave the mark itself has it left here, for the others and
-        other nodes."""
-        killed = sorted((-code for code in failed if code < 0), key=lambda number: number in ASKING)
-        if killed and self.requests.first and killed[0] in ASKING:
+    def _why(self, failed: dict[int, int]) -> End:
+        """How the first process failed, of the ranks that `failed` and their codes. One that could not leave the mark
+        itself has it left here, for the others and other nodes."""
+        killed = sorted(((-code, rank) for rank, code in failed.items() if code < 0), key=lambda one: one[0] in ASKING)
+        if killed and self.requests.first and killed[0][0] in ASKING:
             end = self.requests.nothing_saved()
         elif killed:
-            end = End(4, f"a process was killed by {_name(killed[0])}{HINTS.get(killed[0], '')}")
+            number, rank = killed[0]
+            end = End(4, f"rank {rank} was killed by {_name(number)}{HINTS.get(number, '')}", lost=True)
         else:
-            end = End(failed[0] if failed else 4)
-        if _mark(self.failures, end.code):
+            end = End(next(iter(failed.values()), 4))
+        if leave_mark(self.failures, Mark(end.code, end.lost, end.text if end.lost else "")):
             return end
         self._end()
-        told = (self.failures / FIRST).read_text()  # by another, which has said why; empty if it was ended amid that
-        return End(int(told)) if told else end
+        mark = read_mark(self.failures)  # of another, which has said why
+        return End(mark.code, lost=mark.lost) if mark else end
 
     def _end(self) -> None:
         """Asks those that are left to end, with what each has started, and kills them after ENDING_S seconds."""
@@ -308,26 +328,7 @@ def _name(number: int) -> str:
         return f"signal {number}"
 
 
-def _mark(failures: Path, code: int) -> bool:
-    """Whether this is the first mark of a failure."""
-    try:
-        with (failures / FIRST).open("x") as file:
-            file.write(str(code))
-        return True
-    except FileExistsError:
-        return False
-
-
 # --- in each process -------------------------------------------------------------------------------------------------
-
-
-def end_with_launcher() -> None:
-    """Has the kernel end this rank when its launcher is killed: it would train on, unseen, holding its GPU."""
-    if LAUNCHER in os.environ:
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-        if os.getppid() != int(os.environ[LAUNCHER]):  # it was killed while this rank started
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def tell_stopped() -> bool:
@@ -345,7 +346,7 @@ def first_to_fail(code: int) -> bool:
     if FAILURES not in os.environ:
         return True
     try:
-        return _mark(Path(os.environ[FAILURES]), code)
+        return leave_mark(Path(os.environ[FAILURES]), Mark(code))
     except OSError:  # the launcher is gone
         return True
 

@@ -1,11 +1,12 @@
 """What `resume` finds out about a run by itself."""
 
 from pathlib import Path
+from shlex import quote
 
 from ressl import checkpoint
 from ressl.checkpoint import CheckpointError, Manifest
 from ressl.config_file import ConfigError
-from ressl.run_dir import checkpoints_path
+from ressl.run_dir import checkpoints_path, config_path
 
 
 def processes_of(about: Manifest, run_dir: Path) -> tuple[int, int]:
@@ -21,6 +22,28 @@ def processes_of(about: Manifest, run_dir: Path) -> tuple[int, int]:
     return (about.world_size, 0) if about.device == "cuda" else (0, about.world_size)
 
 
+def config_of(run_dir: Path) -> Path:
+    """The config file of a run. Raises ConfigError where there is none."""
+    path = config_path(run_dir)
+    if not path.is_file():
+        raise ConfigError(f"{run_dir}: no run here (there is no config.yaml)")
+    return path
+
+
+def last_checkpoint(run_dir: Path) -> str | None:
+    """Its name."""
+    return next((path.name for path in checkpoint.found(checkpoints_path(run_dir))), None)
+
+
+def how_to_go_on(run_dir: Path, nodes: int) -> str:
+    """For a person whose run has failed."""
+    last = last_checkpoint(run_dir)
+    if last is None:
+        return "nothing was saved"
+    again = "the same command on each machine" if nodes > 1 else f"python launch.py resume {quote(str(run_dir))}"
+    return f"the last checkpoint is {last}; to go on: {again}"
+
+
 def newest_manifest(run_dir: Path) -> Manifest:
     """What the newest checkpoint that can be read says of itself. Raises CheckpointError where there is none."""
     reasons = []
@@ -29,4 +52,10 @@ def newest_manifest(run_dir: Path) -> Manifest:
             return checkpoint.about(path)
         except CheckpointError as error:
             reasons.append(str(error))
-    raise CheckpointError("\n".join([f"{checkpoints_path(run_dir)}: no checkpoint here to go on from", *reasons]))
+    where = checkpoints_path(run_dir)
+    if reasons:
+        raise CheckpointError("\n".join([f"{where}: none of its checkpoints can be used:", *reasons]))
+    raise CheckpointError(
+        f"{where}: no checkpoint here to go on from; to begin the run again: python launch.py pretrain "
+        f"{quote(str(config_path(run_dir)))}"
+    )

@@ -12,6 +12,7 @@ from ressl.run_dir import (
     FREE,
     RunDirError,
     append_line,
+    check_not_in_use,
     check_run_dir,
     differences,
     keep_metrics_until,
@@ -42,14 +43,14 @@ FIXED = [
 
 # of how it is computed, shown or kept
 MAY_CHANGE = [
-    "data.placement", "data.prefetch", "data.source.budget_gb", "data.source.cache", "data.source.memory",
-    "data.source.val", "data.source.workers", "evaluate.batch_size", "evaluate.knn.k", "evaluate.knn.temperature",
-    "evaluate.linear.batch_size", "evaluate.linear.crop_scale", "evaluate.linear.crops", "evaluate.linear.epochs",
-    "evaluate.linear.lr", "evaluate.linear.momentum", "evaluate.linear.nesterov", "evaluate.linear.schedule",
-    "evaluate.resize", "evaluate.size", "method.loss_impl", "run.checkpoint.epochs", "run.checkpoint.keep",
-    "run.checkpoint.minutes", "run.checkpoint.steps", "run.compile", "run.cuda_graphs", "run.device",
-    "run.hang_timeout", "run.knn_every", "run.log_every", "run.out_dir", "run.skip_limit", "run.tensorboard",
-    "views.impl",
+    "data.max_bad", "data.placement", "data.prefetch", "data.source.budget_gb", "data.source.cache",
+    "data.source.memory", "data.source.val", "data.source.workers", "evaluate.batch_size", "evaluate.knn.k",
+    "evaluate.knn.temperature", "evaluate.linear.batch_size", "evaluate.linear.crop_scale", "evaluate.linear.crops",
+    "evaluate.linear.epochs", "evaluate.linear.lr", "evaluate.linear.momentum", "evaluate.linear.nesterov",
+    "evaluate.linear.schedule", "evaluate.resize", "evaluate.size", "method.loss_impl", "run.checkpoint.epochs",
+    "run.checkpoint.keep", "run.checkpoint.minutes", "run.checkpoint.steps", "run.compile", "run.cuda_graphs",
+    "run.device", "run.hang_timeout", "run.knn_every", "run.log_every", "run.out_dir", "run.skip_limit",
+    "run.tensorboard", "views.impl",
 ]  # fmt: skip
 
 
@@ -159,6 +160,15 @@ def test_who_holds_a_directory_is_named(tmp_path: Path) -> None:
     with lock(tmp_path / ".lock"), pytest.raises(RunDirError, match=f"is in use by process {os.getpid()} on "):
         lock(tmp_path / ".lock")
     lock(tmp_path / ".lock").close()
+
+
+def test_whether_a_directory_is_in_use_is_known_without_taking_it(tmp_path: Path) -> None:
+    check_not_in_use(tmp_path / "nowhere")
+    check_not_in_use(tmp_path)
+    assert not (tmp_path / ".lock").exists()
+    with lock(tmp_path / ".lock"), pytest.raises(RunDirError, match=f"is in use by process {os.getpid()} on "):
+        check_not_in_use(tmp_path)
+    check_not_in_use(tmp_path)
 
 
 def test_lines_that_are_none_are_passed_over_and_dropped_when_a_run_goes_on(tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ from ressl.saver import Saver
 from ressl.snapshot import Snapshot
 
 
-def snapshot(step: int, value: float = 1.0) -> Snapshot:
+def snapshot(step: int, value: float = 1.0, *, left_out: bool = False) -> Snapshot:
     about = Manifest(step=step, images=5, data=0, world_size=1, local_ranks=1, device="cpu")
-    return Snapshot(Checkpoint(about, {"w": torch.full((4,), value)}, {"optimizer": {}}), None)
+    saved = Checkpoint(about, {"w": torch.full((4,), value)}, {"optimizer": {}})
+    return Snapshot(saved, torch.tensor(left_out), None)
 
 
 def saver(directory: Path, told: list[str], **options) -> Saver:
@@ -49,11 +50,38 @@ def test_a_disk_that_refuses_is_told_and_the_next_save_tries_again(tmp_path: Pat
     it.save(lambda: snapshot(1))
     with pytest.raises(SaveError, match="step-00000001: cannot be written"):
         it.finish()
-    assert len(told) == 1 and "the checkpoints before it stay, and the next one is tried" in told[0]
+    assert len(told) == 1 and told[0].endswith(
+        "; there is none yet, so all is lost if the run is killed now; the next one is tried"
+    )
     (tmp_path / "c").unlink()
     it.save(lambda: snapshot(2))
     it.finish()
     assert names(tmp_path) == ["step-00000002"] and it.saved == 1
+    (tmp_path / "c" / ".part-step-00000003").touch()  # nor can a directory be made here
+    it.save(lambda: snapshot(3))
+    with pytest.raises(SaveError):
+        it.finish()
+    assert len(told) == 2 and told[1].endswith("; those before it stay; the next one is tried")
+    it.save(lambda: snapshot(3), last=True)
+    with pytest.raises(SaveError):
+        it.finish()
+    assert len(told) == 2  # there is no next one
+
+
+def test_after_a_step_that_was_left_out_nothing_is_saved_but_at_the_end_and_no_good_one_goes(tmp_path: Path) -> None:
+    it = saver(tmp_path, [])
+    for step in (1, 2):
+        it.save(lambda step=step: snapshot(step))
+    for step in (3, 4):
+        it.save(lambda step=step: snapshot(step, left_out=True))
+        assert not it.wrote(step)
+    assert it.wrote(2) and names(tmp_path) == ["step-00000001", "step-00000002"]
+    it.save(lambda: snapshot(5, left_out=True), last=True)
+    it.finish()
+    assert names(tmp_path) == ["step-00000001", "step-00000002", "step-00000005"] and it.saved == 3
+    it.save(lambda: snapshot(6))
+    it.finish()
+    assert names(tmp_path) == ["step-00000005", "step-00000006"]
 
 
 def test_weights_that_are_not_finite_end_the_run_and_what_was_good_stays(tmp_path: Path) -> None:
@@ -68,7 +96,8 @@ def test_weights_that_are_not_finite_end_the_run_and_what_was_good_stays(tmp_pat
 
 def test_what_no_one_foresaw_is_not_swallowed(tmp_path: Path) -> None:
     it = saver(tmp_path, [])
-    broken = Snapshot(Checkpoint(snapshot(1).saved.about, {"w": "no tensor"}, {}), None)  # type: ignore[dict-item]
+    saved = Checkpoint(snapshot(1).saved.about, {"w": "no tensor"}, {})  # type: ignore[dict-item]
+    broken = Snapshot(saved, torch.tensor(False), None)
     it.save(lambda: broken)
     with pytest.raises((TypeError, AttributeError, ValueError)):
         it.finish()

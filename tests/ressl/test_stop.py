@@ -8,16 +8,25 @@ import pytest
 from ressl.stop import ASKING, AT_ONCE_S, Stop
 
 
-@pytest.mark.parametrize("name", ASKING)
-def test_a_signal_is_remembered_and_does_nothing_else(name: str) -> None:
-    before = signal.getsignal(signal.Signals[name])
+@pytest.mark.parametrize("sent", ASKING)
+def test_a_signal_is_remembered_and_does_nothing_else(sent: signal.Signals, capfd: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(sent)
     with Stop() as stop:
         assert stop.asked is None
-        os.kill(os.getpid(), signal.Signals[name])
-        assert stop.asked == name
+        os.kill(os.getpid(), sent)
+        assert stop.asked == sent.name
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.asked == name  # the first one is told
-    assert signal.getsignal(signal.Signals[name]) == before
+        assert stop.asked == sent.name  # the first one is told
+    assert signal.getsignal(sent) == before
+    assert capfd.readouterr() == ("", "")
+
+
+def test_ctrl_c_is_answered_where_no_launcher_does(capfd: pytest.CaptureFixture[str]) -> None:
+    with Stop(aloud=True):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+    said = "ressl: the run finishes its step, saves and ends; Ctrl-C again ends it at once\n"
+    assert capfd.readouterr() == ("", said)
 
 
 def test_a_second_ctrl_c_ends_at_once_but_not_the_same_one_told_twice() -> None:

@@ -167,7 +167,7 @@ def launchers(driver: subprocess.Popen[str], tmp_path: Path) -> Iterator[Launche
         ("exits", 3, []),
         ("second", 5, []),
         ("waits", 5, []),
-        ("SIGKILL", 4, ["ressl: error: a process was killed by SIGKILL (out of memory?)"]),
+        ("SIGKILL", 4, ["ressl: error: rank 0 was killed by SIGKILL (out of memory?)"]),
     ],
 )
 def test_when_a_rank_fails_the_others_are_gone_soon_even_one_that_is_stopped(
@@ -212,7 +212,7 @@ def test_ranks_of_two_nodes_meet_and_a_failure_is_told_once_on_each(launchers: L
 @pytest.mark.parametrize(
     ("sent", "code", "words"),
     [
-        (signal.SIGINT, 75, "was stopped before the first step: nothing to save"),
+        (signal.SIGINT, 75, "was stopped before the first step: there is nothing new to save"),
         (signal.SIGKILL, 4, "was lost: its launcher was killed, or the network failed"),
         (signal.SIGSTOP, 4, "was lost: not heard of for 3 s"),
     ],
@@ -239,8 +239,9 @@ def test_a_rank_that_is_killed_ends_the_ranks_of_all_nodes(launchers: Launchers)
     ranks = launchers.await_ranks(4)
     os.kill(ranks[2]["pid"], signal.SIGKILL)
     assert [launchers.ask(pid) for pid in pids] == [4, 4]
-    assert launchers.errors(0) == [f"ressl: error: node 1 ({socket.gethostname()}) failed, exit code 4"]
-    assert launchers.errors(1) == ["ressl: error: a process was killed by SIGKILL (out of memory?)"]
+    lost = "rank 2 was killed by SIGKILL (out of memory?)"
+    assert launchers.errors(0) == [f"ressl: error: node 1 ({socket.gethostname()}): {lost}"]
+    assert launchers.errors(1) == [f"ressl: error: {lost}"]
     for rank in ranks:
         with pytest.raises(ProcessLookupError):
             os.kill(rank["pid"], 0)

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
-FROM_THERE = "starting again from the last checkpoint, restart"
+ANEW = "starting again from the beginning, restart"
 
 # Forks a launcher for each order that it reads and prints its process id; for {"pid": N} it prints how launcher N has
 # ended. So torch is imported once for all of them.
 DRIVER = """
 import json, os, resource, sys
+from pathlib import Path
 from tools.processes import ProcessesFailed, run_processes
 
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -33,7 +34,8 @@ for line in sys.stdin:
             os.dup2(os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
         code = 0
         try:
-            run_processes(order["command"], wait_s=20, silence_s=5, **order["options"])
+            run = Path(order["run_dir"])
+            run_processes(order["command"], wait_s=20, silence_s=5, run_dir=run, **order["options"])
         except ProcessesFailed as failed:
             code = failed.exit_code
         os._exit(code)
@@ -109,7 +111,9 @@ class Launchers:
         print(json.dumps(order), file=self.driver.stdin, flush=True)
         return int(self.driver.stdout.readline())
 
-    def start(self, words: str, *, restarts: int, node: int | None = None, program: str = RANK) -> int:
+    def start(
+        self, words: str, *, restarts: int, node: int | None = None, program: str = RANK, run_dir: Path | None = None
+    ) -> int:
         """The process id of a launcher of two ranks; with `node` of one, and another launcher has the other."""
         script = self.directory / "rank.py"
         script.write_text(program)
@@ -117,7 +121,8 @@ class Launchers:
         if node is not None:
             options |= {"count": 1, "nodes": 2, "node_rank": node, "rendezvous": f"localhost:{self.port}"}
         command = [str(script), str(self.directory), *words.split()]
-        self.pids.append(self.ask(command=command, log=str(self.directory / f"node{node or 0}.log"), options=options))
+        log, run = self.directory / f"node{node or 0}.log", run_dir or self.directory / "nothing"
+        self.pids.append(self.ask(command=command, log=str(log), run_dir=str(run), options=options))
         return self.pids[-1]
 
     def end(self, pid: int) -> int:
@@ -159,20 +164,32 @@ def launchers(driver: subprocess.Popen[str], tmp_path: Path) -> Iterator[Launche
 
 
 def test_what_may_be_mended_starts_again_each_time_told_in_one_line(launchers: Launchers) -> None:
-    assert launchers.end(launchers.start("SIGKILL 1 said4 6 ends", restarts=4)) == 0
+    assert launchers.end(launchers.start("SIGKILL 1 said6 ends", restarts=3)) == 0
     assert launchers.said() == [
-        f"ressl: a process was killed by SIGKILL (out of memory?); {FROM_THERE} 1 of 4",
-        f"ressl: a process failed with exit code 1; {FROM_THERE} 2 of 4",
-        f"ressl: a process failed with exit code 4; {FROM_THERE} 3 of 4",
-        f"ressl: a process failed with exit code 6; {FROM_THERE} 4 of 4",
+        f"ressl: rank 1 was killed by SIGKILL (out of memory?); {ANEW} 1 of 3",
+        f"ressl: a process failed; {ANEW} 2 of 3",
+        f"ressl: a process hung; {ANEW} 3 of 3",
+    ]
+
+
+def test_where_there_is_a_checkpoint_it_is_named_and_at_the_end_how_to_go_on_from_it(launchers: Launchers) -> None:
+    run = launchers.directory / "a run"
+    (run / "checkpoints" / "step-00000012").mkdir(parents=True)
+    assert launchers.end(launchers.start("1 SIGKILL", restarts=1, run_dir=run)) == 4
+    assert launchers.end(launchers.start("1 1 said6", restarts=0, run_dir=run)) == 6
+    here = f"the last checkpoint is step-00000012; to go on: python launch.py resume '{run}'"
+    assert launchers.said() == [
+        "ressl: a process failed; starting again from step-00000012, restart 1 of 1",
+        f"ressl: error: rank 1 was killed by SIGKILL (out of memory?); {here}",
+        f"ressl: {here}",
     ]
 
 
 @pytest.mark.parametrize(
     ("words", "code", "last"),
     [
-        ("SIGSEGV 1 SIGKILL", 4, ["ressl: error: a process was killed by SIGKILL (out of memory?)"]),
-        ("SIGKILL 1 6", 6, []),
+        ("SIGSEGV 1 SIGKILL", 4, ["ressl: error: rank 1 was killed by SIGKILL (out of memory?); nothing was saved"]),
+        ("SIGKILL 1 6", 6, ["ressl: nothing was saved"]),
     ],
 )
 def test_when_the_restarts_are_used_up_the_last_failure_counts(
@@ -185,7 +202,7 @@ def test_when_the_restarts_are_used_up_the_last_failure_counts(
 
 @pytest.mark.parametrize(
     ("word", "code"),
-    [("2", 2), ("said3", 3), ("said5", 5), ("75", 75), ("130", 130), ("stopped", 75)],
+    [("2", 2), ("said3", 3), ("said4", 4), ("said5", 5), ("75", 75), ("130", 130), ("stopped", 75)],
 )
 def test_what_cannot_be_mended_does_not_start_again(launchers: Launchers, word: str, code: int) -> None:
     assert launchers.end(launchers.start(f"{word} ends", restarts=3)) == code
@@ -204,11 +221,11 @@ def test_what_cannot_be_mended_does_not_start_again(launchers: Launchers, word: 
 )
 def test_nothing_starts_again_unless_asked_to_and_a_killer_is_named(launchers: Launchers, word: str, hint: str) -> None:
     assert launchers.end(launchers.start(f"{word} ends", restarts=0)) == 4
-    assert launchers.said() == [f"ressl: error: a process was killed by {word}{hint}"]
+    assert launchers.said() == [f"ressl: error: rank 1 was killed by {word}{hint}; nothing was saved"]
 
 
 def test_each_try_has_marks_of_its_own_and_leaves_none_of_its_ranks(launchers: Launchers) -> None:
-    assert launchers.end(launchers.start("said4 said1 said3", restarts=5)) == 3  # not the 4 that was said first
+    assert launchers.end(launchers.start("said6 said1 said3", restarts=5)) == 3  # not the 6 that was said first
     for rank in (0, 1):
         tries = launchers.tries(rank)
         assert len({tried["marks"] for tried in tries}) == 3
@@ -229,7 +246,7 @@ def test_a_signal_between_two_tries_stops_the_run(launchers: Launchers) -> None:
 
 def test_ranks_of_torch_meet_anew_and_the_one_that_lost_touch_says_nothing(launchers: Launchers) -> None:
     assert launchers.end(launchers.start("- -", restarts=1, program=TRAINING)) == 0
-    line = f"ressl: a process was killed by SIGKILL (out of memory?); {FROM_THERE} 1 of 1"
+    line = f"ressl: rank 1 was killed by SIGKILL (out of memory?); {ANEW} 1 of 1"
     assert launchers.said() == ["met", line, "met"]
 
 
@@ -241,11 +258,14 @@ def test_nodes_start_again_together(launchers: Launchers) -> None:
     assert [launchers.end(pid) for pid in pids] == [0, 0]
     assert [len(launchers.tries(rank)) for rank in (0, 1)] == [3, 3]
     assert launchers.said(1) == [
-        f"ressl: a process was killed by SIGKILL (out of memory?); {FROM_THERE} 1 of 2",
-        f"ressl: a process failed with exit code 1; {FROM_THERE} 2 of 2",
+        f"ressl: rank 1 was killed by SIGKILL (out of memory?); {ANEW} 1 of 2",
+        f"ressl: a process failed; {ANEW} 2 of 2",
     ]
-    there = f"node 1 ({socket.gethostname()}) failed, exit code"
-    assert launchers.said(0) == [f"ressl: {there} 4; {FROM_THERE} 1 of 2", f"ressl: {there} 1; {FROM_THERE} 2 of 2"]
+    there = f"ressl: node 1 ({socket.gethostname()})"
+    assert launchers.said(0) == [
+        f"{there}: rank 1 was killed by SIGKILL (out of memory?); {ANEW} 1 of 2",
+        f"{there} failed, exit code 1; {ANEW} 2 of 2",
+    ]
 
 
 def test_nodes_end_together_when_it_cannot_be_mended(launchers: Launchers) -> None:
@@ -267,4 +287,4 @@ def test_a_launcher_that_was_killed_may_be_started_again_and_joins_the_others(la
     assert [len(launchers.tries(rank)) for rank in (0, 1)] == [2, 2]
     assert launchers.said(lost) == []
     there = f"ressl: node {lost} ({socket.gethostname()}) was lost: its launcher was killed, or the network failed"
-    assert launchers.said(1 - lost) == [f"{there}; {FROM_THERE} 1 of 1"]
+    assert launchers.said(1 - lost) == [f"{there}; {ANEW} 1 of 1"]

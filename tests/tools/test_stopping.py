@@ -16,11 +16,10 @@ import pytest
 from tools.processes import Requests, tell_stopped
 
 ASKING = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
-NOTHING = "before the first step: nothing to save"
+NOTHING = "before the first step: there is nothing new to save"
 
-# Forks a launcher for each order that it reads and prints its process id; for {"pid": N} it prints how launcher N has
-# ended. So torch is imported once for all of them. A launcher may get a signal the moment it listens to any, and may
-# be started under nohup. They would start anew whatever may be mended: nothing that is stopped is.
+# Forks a launcher for each order that it reads and prints its process id; for {"pid": N}, how launcher N has ended. So
+# torch is imported once. They would start anew whatever may be mended: nothing that is stopped is.
 DRIVER = """
 import json, os, signal, sys, threading, time
 from tools.processes import ProcessesFailed, run_processes
@@ -87,26 +86,23 @@ while kind == "slow" and not (directory / "go").exists() and time.monotonic() < 
     time.sleep(0.01)
 (marks / "stopped").touch()
 tell("saved", "")
+while kind == "lingering":
+    time.sleep(0.01)
 if kind == "struck":
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGTERM)
 """
 
-# Ranks that end with their launcher; rank 1 is still importing when that is killed.
+# Ranks that begin as those of launch.py do.
 ORPHANS = """
 import os, sys, time
 from pathlib import Path
+from tools.early import begin
 
-directory, rank, launcher = Path(sys.argv[1]), os.environ["RANK"], os.getppid()
-from tools.processes import end_with_launcher
-if rank == "0":
-    end_with_launcher()
-path = directory / f"pid{rank}"
+begin()
+path = Path(sys.argv[1], f"pid{os.environ['RANK']}")
 path.with_suffix(".new").write_text(str(os.getpid()))
 path.with_suffix(".new").rename(path)
-while rank == "1" and os.getppid() == launcher:
-    time.sleep(0.01)
-end_with_launcher()
 time.sleep(60)
 """
 
@@ -298,6 +294,17 @@ def test_a_second_ctrl_c_ends_all_at_once(launchers: Launchers, first: signal.Si
     assert all(is_gone(rank) for rank in launchers.ranks())
 
 
+def test_a_second_ctrl_c_after_all_is_saved_loses_nothing(launchers: Launchers) -> None:
+    pid = launchers.start("slow", "lingering")
+    os.kill(pid, signal.SIGINT)
+    launchers.await_files("heard0", "saved1")
+    time.sleep(0.6)
+    os.kill(pid, signal.SIGINT)
+    assert launchers.end(pid) == 75
+    assert launchers.said() == []
+    assert all(is_gone(rank) for rank in launchers.ranks())
+
+
 def test_a_ctrl_c_that_is_told_twice_is_one_and_signals_are_as_before_afterwards() -> None:
     before = [signal.getsignal(sent) for sent in ASKING]
     with Requests() as requests:
@@ -320,10 +327,7 @@ def test_other_signals_after_the_first_change_nothing(launchers: Launchers) -> N
     assert launchers.heard(0).count("SIG") == launchers.heard(1).count("SIG") == 1
 
 
-# --- the launcher is lost --------------------------------------------------------------------------------------------
-
-
-def test_a_killed_launcher_leaves_no_rank_not_even_one_that_was_importing(launchers: Launchers) -> None:
+def test_a_killed_launcher_leaves_no_rank(launchers: Launchers) -> None:
     pid = launchers.start("", "", program=ORPHANS)
     os.kill(pid, signal.SIGKILL)
     assert launchers.end(pid) == -signal.SIGKILL

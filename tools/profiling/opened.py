@@ -22,6 +22,7 @@ from ressl.config import Config
 from ressl.ema import ema_update_
 from ressl.method import AnyMethod
 from ressl.optim import learning_rate, set_learning_rate_
+from ressl.recorder import warn
 from ressl.runtime import Runtime
 from ressl.step import TrainStep, build_step
 from tools.decoding import shown_decoding
@@ -91,7 +92,7 @@ def open_run(cfg: Config, console: Console) -> OpenRun:
     def report(message: str) -> None:
         if message not in said:  # small sets are gone through many times
             said.add(message)
-            console.print(f"warning: {message}", style="yellow", soft_wrap=True)
+            warn(console, message)
 
     rank, world_size = runtime.rank, runtime.world_size
     with shown_decoding(console, enabled=runtime.is_main) as progress:

@@ -17,9 +17,10 @@ from ressl.config import Config
 from ressl.config_file import load_config, save_config
 from ressl.run_dir import config_path
 from ressl.runtime import preferred_device
+from tools.early import end_with_launcher
 from tools.ending import exit_code
 from tools.node_watch import AT_ONCE, STOPPED
-from tools.processes import ProcessesFailed, end_with_launcher, run_processes
+from tools.processes import ProcessesFailed, run_processes
 from tools.profiling.measure import measure, steps_alone
 from tools.profiling.record import Measured, Point
 from tools.terminal import plain_console
