@@ -317,7 +317,8 @@ def pretrain(
     if launched():
         run(cfg, console, allowed)
         return
-    check_not_in_use(cfg.run.out_dir)  # the first rank would find out too, but after all images are decoded
+    if nodes == 1:  # a node that was lost may come back while the others still end
+        check_not_in_use(cfg.run.out_dir)  # the first rank would find out too, but after all images are decoded
     if world_size > 1 or max_restarts:
         run_processes(
             sys.argv, ranks, nodes=nodes, node_rank=node_rank, rendezvous=rendezvous, settings=repr(cfg),

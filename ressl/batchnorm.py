@@ -91,21 +91,10 @@ def normalised_together(policy: BatchNorm, images: int, world_size: int) -> int:
 
 
 @torch.no_grad()
-def average_statistics_(module: nn.Module, collectives: Collectives) -> None:
-    """Replaces the running statistics of each rank by their mean over the ranks, in place. Training does not read them;
-    evaluations and checkpoints then are the same whichever rank makes them."""
-    if collectives.world_size == 1:
-        return
-    for layer in module.modules():
-        if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None and layer.running_var is not None:
-            for statistic in (layer.running_mean, layer.running_var):
-                statistic.copy_(collectives.mean(statistic))
-
-
-@torch.no_grad()
 def flat_statistics_(module: nn.Module) -> Tensor | None:
-    """Puts the running statistics of all layers, one after another, into one buffer, and makes views of it of them; so
-    they are kept and put back by one copy. The buffer, (values,); None where there are none."""
+    """Puts the running statistics of all layers, one after another as in the state_dict, into one buffer, and makes
+    views of it of them; so all are kept, put back and averaged at once. The buffer, (values,); None where there are
+    none."""
     layers = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None]
     found = [statistic for m in layers for statistic in (m.running_mean, m.running_var) if statistic is not None]
     if not found:

@@ -2,20 +2,18 @@
 
 import time
 from pathlib import Path
-from shlex import quote
 
 import torch
 
 from ressl import checkpoint
 from ressl.batch import Crops, Loaders, Probe, Probes, Split
-from ressl.batchnorm import average_statistics_
 from ressl.checkpoint import Manifest
 from ressl.compiled import not_compiled
 from ressl.config import Config
 from ressl.evals.protocol import evaluate
 from ressl.guard import NonFiniteRun
-from ressl.recorder import BadImages, Recorder
-from ressl.run_dir import checkpoints_path, lines_of, metrics_path
+from ressl.recorder import BadImages, Recorder, counted
+from ressl.run_dir import again_command, checkpoints_path, lines_of, metrics_path
 from ressl.runtime import Runtime
 from ressl.saver import Saver
 from ressl.snapshot import take_snapshot
@@ -59,7 +57,7 @@ class Between:
         self.bad_images.check(self.loaders.probes.count("train"), self.cfg.data.max_bad)
         epochs, within = divmod(step, self.steps_per_epoch)
         if within == 0:
-            average_statistics_(self.take_step.method, self.runtime.collectives)
+            self.take_step.guarded.average_statistics_(self.runtime.collectives)
         if self.recorder.skipped - self.skipped > self.cfg.run.skip_limit:
             raise NonFiniteRun(self._not_finite())
         seconds = 60 * self.cfg.run.checkpoint.minutes
@@ -132,12 +130,13 @@ class Between:
         what = self.take_step.guarded.describe(self.start_step, self.runtime.collectives)
         last = next(iter(checkpoint.found(checkpoints_path(self.cfg.run.out_dir))), None)
         others = self.recorder.skipped - self.skipped - 1
-        total = f"it and {others:,} other{'s' * (others != 1)}" if others else "it"
+        total = f"it and {counted(others, 'other')}" if others else "it"
         lower = f"optim.lr={self.cfg.optim.lr / 2:g}"
-        again = how_to_go_on(self.cfg, self.runtime, f" {lower} --allow-change optim.lr")
-        return f"{what}. Left out: {total}, more than run.skip_limit={self.cfg.run.skip_limit} allows. " + (
-            f"The last checkpoint is {last}; {again}" if last else f"Nothing was saved: begin again with {lower}"
-        )
+        several = self.runtime.world_size != self.runtime.local_ranks
+        again = again_command(self.cfg.run.out_dir, several_nodes=several, change=f"{lower} --allow-change optim.lr")
+        limit, there = self.cfg.run.skip_limit, f"The last checkpoint is {last}; to go on: {again}"
+        advice = there if last else f"Nothing was saved: begin again with {lower}"
+        return f"{what}. Left out: {total}, more than run.skip_limit={limit} allows. {advice}"
 
 
 def best_evaluation(out_dir: Path) -> tuple[int, float] | None:
@@ -151,13 +150,6 @@ def best_evaluation(out_dir: Path) -> tuple[int, float] | None:
         and checkpoint.name_of(record["step"]) in there
     ]
     return max(records, key=lambda record: record[1], default=None)
-
-
-def how_to_go_on(cfg: Config, runtime: Runtime, change: str = "") -> str:
-    """What a person may type. `change` is said of a value, too."""
-    if runtime.world_size != runtime.local_ranks:
-        return f"go on with the same command{' and' if change else ''}{change} on each machine"
-    return f"go on with: python launch.py resume {quote(str(cfg.run.out_dir))}{change}"
 
 
 class WatchedProbes:

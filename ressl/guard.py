@@ -25,7 +25,7 @@ class Guard:
     """
 
     def __init__(self, device: torch.device, *, rows: int, own: int) -> None:
-        self.statistics: Tensor | None = None
+        self.statistics: Tensor | None = None  # (values,), of which those of the layers are views
         self.kept: Tensor | None = None
         number = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped = number.clone()  # steps left out in the whole run
@@ -72,6 +72,12 @@ class Guard:
     def left_out(self) -> Tensor:
         """Whether the last step was, () bool."""
         return (self.last == self.looked) & (self.looked > 0)
+
+    def average_statistics_(self, collectives: Collectives) -> None:
+        """Replaces the statistics of each rank by their mean over the ranks. Training does not read them; evaluations
+        and checkpoints then are the same whichever rank makes them."""
+        if self.statistics is not None and collectives.world_size > 1:
+            self.statistics.copy_(collectives.mean(self.statistics))
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

@@ -16,15 +16,16 @@ from rich.console import Console
 from ressl import checkpoint
 from ressl.batch import Batch, DataError, Digest, Loaders, ViewLoader, disagreement
 from ressl.batchnorm import normalised_together
-from ressl.between import Between, how_to_go_on
+from ressl.between import Between
 from ressl.checkpoint import Checkpoint
 from ressl.collapse import collapse_measures, collapse_warning
 from ressl.config import Config
 from ressl.evals.protocol import check_probes
 from ressl.method import AnyMethod
-from ressl.recorder import BadImages, Recorder, warn
+from ressl.recorder import BadImages, Recorder, counted, warn
 from ressl.run_dir import (
     accept_changes,
+    again_command,
     checkpoints_path,
     keep_metrics_until,
     lines_of,
@@ -100,7 +101,8 @@ def pretrain(
             saver.finish()
             runtime.wait_for_everyone()  # saved is what all may say now
     if between.stopping:
-        raise Stopped(f"stopped after step {step:,}, and saved; {how_to_go_on(cfg, runtime)}")
+        again = again_command(out_dir, several_nodes=world_size != runtime.local_ranks)
+        raise Stopped(f"stopped after step {step:,}, and saved; to go on: {again}")
     if runtime.is_main and saver.saved:
         console.print(_cost(saver, time.perf_counter() - between.began), highlight=False)
     return recorder.images_per_s
@@ -128,7 +130,7 @@ def _recorder(
         rank=runtime.rank,
         mean=runtime.collectives.mean,
         track=runtime.track if cfg.run.tensorboard else None,
-        watch=partial(_look_for_collapse, method),
+        watch=partial(_look, method, runtime),
     )
 
 
@@ -138,13 +140,13 @@ def _where(start_step: int, total: int, changed: Mapping[str, tuple[Any, Any]]) 
         case 0:
             return changes
         case _ if start_step >= total:
-            return [*changes, f"the run is complete: {start_step:,} steps"]
+            return [*changes, f"the run is complete: {counted(start_step, 'step')}"]
     return [*changes, f"going on after step {start_step:,}"]
 
 
 def _cost(saver: Saver, seconds: float) -> str:
-    count = "1 checkpoint" if saver.saved == 1 else f"{saver.saved} checkpoints"
-    return f"saved {count}, for which the run waited {saver.held_s:.2f} s ({100 * saver.held_s / seconds:.2f} %)"
+    waited = f"{saver.held_s:.2f} s ({100 * saver.held_s / seconds:.2f} %)"
+    return f"saved {counted(saver.saved, 'checkpoint')}, for which the run waited {waited}"
 
 
 # --- before the first step -------------------------------------------------------------------------------------------
@@ -169,15 +171,11 @@ def _go_on(
     restore_(saved, path, method=take_step.method, optimizer=take_step.plain, guard=take_step.guarded, runtime=runtime)
     if saved.about.world_size != runtime.world_size:
         tell(
-            f"the run had {_processes(saved.about.world_size)} and has {runtime.world_size} now: the images, their "
-            "order and their views stay the same, the weights do so except for rounding and for what batch norm sees "
-            "together"
+            f"the run had {counted(saved.about.world_size, 'rank')} and has {runtime.world_size} now: the images, "
+            "their order and their views stay the same, the weights do so except for rounding and for what batch norm "
+            "sees together"
         )
     return step, found[2] if found else []
-
-
-def _processes(count: int) -> str:
-    return "1 process" if count == 1 else f"{count} processes"
 
 
 def _blank(cfg: Config, runtime: Runtime) -> Batch:
@@ -201,7 +199,8 @@ def _set_log_aside(out_dir: Path, start_step: int, tell: Callable[[str], None]) 
         aside = next(path for path in map(log.with_name, names) if not path.exists())
         log.replace(aside)
         tell(
-            f"{out_dir}: a log of {count:,} records but no checkpoint: the run begins anew, and the log is {aside.name}"
+            f"{out_dir}: a log of {counted(count, 'record')} but no checkpoint: the run begins anew, and the log is "
+            f"{aside.name}"
         )
 
 
@@ -221,10 +220,16 @@ def _silent(message: str) -> None:
     pass
 
 
-def _look_for_collapse(method: AnyMethod) -> tuple[dict[str, float], str | None]:
+def _look(method: AnyMethod, runtime: Runtime) -> tuple[dict[str, float], str | None]:
+    """What else stands in each record, and what is wrong, if anything."""
     measures = collapse_measures(method.queue, teacher_temperature=method.cfg.teacher_temperature)
     values = {name: float(value) for name, value in measures.items()}
-    return values, collapse_warning(values, method.cfg.embed_dim)
+    warning = collapse_warning(values, method.cfg.embed_dim)
+    if runtime.scales_gradients:
+        values["loss_scale"] = runtime.scaler_state()["scale"]
+        if values["loss_scale"] < 1:  # it falls with each step whose gradients overflow
+            warning = "fp16 gradients overflow at any scale: the run learns nothing; use run.precision=bf16"
+    return values, warning
 
 
 # --- what the run is fed with, under supervision ---------------------------------------------------------------------

@@ -27,6 +27,11 @@ def warn(console: Console, message: str) -> None:
     console.print(f"warning: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 step`, `2,808 steps`."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 class BadImages:
     """Images that could not be read and were replaced: never silent. Every rank adds to the same file; what it says
     already, because the run was interrupted after it, is not said twice."""
@@ -145,7 +150,7 @@ class Recorder:
         seconds, self.since = now - self.since, now
         skipped, self.skipped = self.skipped, int(values.pop("skipped", 0))
         if self.skipped > skipped and self.active:
-            warn(self.console, f"by step {step:,}, {self.skipped:,} steps were left out: not finite")
+            warn(self.console, f"left out by step {step:,}, as not finite: {counted(self.skipped, 'step')}")
         self.logged = names
         images = (step - self.last_step) * self.images
         self.trained_s, self.trained_images = self.trained_s + seconds, self.trained_images + images

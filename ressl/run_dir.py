@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 from typing import Any, TextIO
 
 from ressl.config import Config
@@ -112,6 +113,14 @@ def accept_changes(cfg: Config, allowed: Sequence[str]) -> dict[str, tuple[Any, 
         append_line(cfg.run.out_dir / "changes.jsonl", {"changed": changes})
         save_config(cfg, config_path(cfg.run.out_dir))
     return changed
+
+
+def again_command(out_dir: Path, *, several_nodes: bool, change: str = "") -> str:
+    """What to type to go on with a run, with a `change` of its config."""
+    behind = f" {change}" if change else ""
+    if several_nodes:  # `resume` knows of one
+        return f"its `pretrain` command{behind} on each machine"
+    return f"python launch.py resume {quote(str(out_dir))}{behind}"
 
 
 def side_by_side(differing: Mapping[str, tuple[Any, Any]]) -> str:

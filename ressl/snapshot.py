@@ -36,18 +36,15 @@ def take_snapshot(
 ) -> Snapshot | None:
     """Called on all ranks between the same two steps; None on others than rank 0. The host does not wait for the
     device, but in fp16 for its scale: copies into page-locked memory are queued behind the last step."""
-    state = method.state_dict()
-    own = [value for name, value in state.items() if name.endswith(STATISTICS)]
-    statistics = runtime.collectives.gather(torch.cat([value.flatten() for value in own])[None])  # (ranks, values)
+    state, own = method.state_dict(), _statistics(guard)
+    statistics = runtime.collectives.gather(own[None])  # (ranks, values)
     random = runtime.collectives.gather(_random_numbers(runtime.device)[None])
     if not runtime.is_main:
         return None
-    means = statistics.mean(dim=0).split([value.numel() for value in own])
-    mean = iter(means)
-    model = {
-        name: next(mean).view_as(value) if name.endswith(STATISTICS) else value.contiguous()
-        for name, value in state.items()
-    }
+    model = {name: value.contiguous() for name, value in state.items()}
+    names = [name for name in state if name.endswith(STATISTICS)]
+    means = statistics.mean(dim=0).split([state[name].numel() for name in names])
+    model |= {name: mean.view_as(state[name]) for name, mean in zip(names, means, strict=True)}
     training = {
         "optimizer": optimizer.state_dict(),
         "scaler": runtime.scaler_state(),
@@ -106,17 +103,16 @@ def restore_(
         runtime.load_scaler_state(saved.training["scaler"])
         guard.load_state(saved.training["guard"])
         if saved.about.world_size == runtime.world_size:
-            _put_back_(method, saved.training["statistics"][runtime.rank])
+            _statistics(guard).copy_(saved.training["statistics"][runtime.rank])
             _set_random_numbers(saved.training["random"][runtime.rank], runtime.device)
     except (RuntimeError, ValueError, LookupError, TypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise CheckpointError(f"{path / TRAINING}: does not fit the config's optimizer: {reason}") from None
 
 
-def _put_back_(method: nn.Module, statistics: Tensor) -> None:
-    own = [value for name, value in method.state_dict().items() if name.endswith(STATISTICS)]
-    for value, saved in zip(own, statistics.split([value.numel() for value in own]), strict=True):
-        value.copy_(saved.view_as(value))
+def _statistics(guard: Guard) -> Tensor:
+    """The running statistics of this rank, in the order in which they stand in the method's state."""
+    return torch.empty(0) if guard.statistics is None else guard.statistics
 
 
 def _random_numbers(device: torch.device) -> Tensor:

@@ -6,6 +6,7 @@ JSON: {"start": {"config", "overrides", "ranks", "log", "fault"}} answers the pr
 """
 
 import json
+import math
 import os
 import signal
 import socket
@@ -33,7 +34,7 @@ from ressl.method import build_method
 from ressl.pretrain import pretrain
 from ressl.recorder import BadImages
 from ressl.runtime import Runtime
-from ressl.step import step_of
+from ressl.step import TrainStep, build_step, step_of
 from tools.ending import end_hanging, exit_code
 from tools.processes import FAILURES, another_failed
 
@@ -120,6 +121,51 @@ def run_in_float64(cfg: Config, steps: int) -> None:
     runtime.wait_for_everyone()
 
 
+def spoil(place: str, step: TrainStep, batch: Batch) -> None:
+    match place:
+        case "strong view":
+            batch.strong[0][1].fill_(math.nan)
+        case "weak view":
+            batch.weak[0][1].fill_(math.inf)
+        case "teacher":
+            next(step.method.teacher.parameters()).data.fill_(math.nan)
+        case "queue":
+            step.method.queue.keys[3].fill_(math.nan)
+        case "gradient":
+            weight = next(step.method.student.parameters())
+            hook = weight.register_hook(lambda gradient: (hook.remove(), gradient * math.inf)[1])
+
+
+def run_spoiled(cfg: Config, places: list[str]) -> None:
+    """Steps of which one, on the last rank alone, is spoiled at a place: after each, what it has changed on this rank
+    and how many were left out stands in a file."""
+    runtime = Runtime(cfg.run)
+    torch.manual_seed(cfg.run.seed)
+    loaders = build_loaders(cfg, device=runtime.device, rank=runtime.rank, world_size=runtime.world_size)
+    step, batches = build_step(cfg, runtime), chain.from_iterable(map(loaders.train.epoch, range(100)))
+    found: dict[str, tuple[list[str], int]] = {}
+    for place in places:
+        step(batches, lr=0.05, momentum=0.9)
+        whole, batch = state_of(step), next(batches)
+        if runtime.rank == runtime.world_size - 1:
+            spoil(place, step, batch)
+        before = state_of(step)
+        step(iter([batch]), lr=0.05, momentum=0.9)
+        after = state_of(step)
+        changed = [name for name in before if not torch.equal(before[name].nan_to_num(), after[name].nan_to_num())]
+        found[place] = changed, int(step.guarded.skipped)
+        step.method.load_state_dict(whole, strict=False)  # mended
+    cfg.run.out_dir.mkdir(exist_ok=True)
+    (cfg.run.out_dir / f"rank{runtime.rank}.json").write_text(json.dumps(found))
+    runtime.wait_for_everyone()
+
+
+def state_of(step: TrainStep) -> dict[str, torch.Tensor]:
+    momenta = {f"momentum{n}": entry["momentum_buffer"] for n, entry in step.plain.state_dict()["state"].items()}
+    method = {name: value for name, value in step.method.state_dict().items() if "tracked" not in name}
+    return {name: value.clone() for name, value in (method | momenta).items()}
+
+
 def start(given: dict[str, Any]) -> list[int]:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
@@ -141,6 +187,8 @@ def start(given: dict[str, Any]) -> list[int]:
             work: Callable[[], object] = partial(run, cfg, given.get("fault"))
             if given.get("float64"):
                 work = partial(run_in_float64, cfg, given["float64"])
+            if given.get("spoiled"):
+                work = partial(run_spoiled, cfg, given["spoiled"])
             code = exit_code(work)
             sys.stdout.flush()
         except BaseException as error:

@@ -13,10 +13,11 @@ from torch import nn
 
 from pipelines import build_loaders
 from ressl.batch import Batch
-from ressl.batchnorm import average_statistics_, set_batchnorm_, shuffled, unshuffled
+from ressl.batchnorm import set_batchnorm_, shuffled, unshuffled
 from ressl.collectives import Collectives
 from ressl.config import BatchNorm, LocalBatchNorm, ShuffleBatchNorm, SplitBatchNorm, SyncBatchNorm
 from ressl.config_file import load_config
+from ressl.guard import Guard
 from ressl.recorder import Recorder
 from ressl.runtime import Runtime
 from ressl.step import build_step
@@ -69,7 +70,9 @@ def try_policy(policy: BatchNorm, collectives: Collectives, rank: int) -> dict[s
         "keys": unshuffled(policy, collectives, keys.detach().flatten(1)).view_as(keys),
         "teacher mean": teacher[0].running_mean.clone(), "teacher variance": teacher[0].running_var.clone(),
     }  # fmt: skip
-    average_statistics_(student, collectives)
+    guard = Guard(images.device, rows=1, own=1)
+    guard.watch_statistics_(student)
+    guard.average_statistics_(collectives)
     return found | {"averaged mean": student[0].running_mean, "averaged variance": student[0].running_var}
 
 
@@ -97,7 +100,7 @@ def main() -> None:
     rows = torch.arange(4 * runtime.world_size).view(-1, 1) + 100.0 * runtime.rank
     with recorder:
         train(step, witness, recorder, cfg.optim)
-    average_statistics_(method, runtime.collectives)
+    step.guarded.average_statistics_(runtime.collectives)
     torch.save(
         {
             "world_size": runtime.world_size,

@@ -70,6 +70,17 @@ def test_when_a_rank_dies_the_other_ends_too(what: str, code: int, tiny: Path, f
 # --- numbers that are not finite -------------------------------------------------------------------------------------
 
 
+def test_wherever_it_comes_from_on_one_rank_the_step_changes_nothing_on_any(
+    tiny: Path, forked_ranks, tmp_path: Path
+) -> None:
+    places, log = ["strong view", "weak view", "teacher", "queue", "gradient"], tmp_path / "log"
+    pids = forked_ranks.start(tiny, f"run.out_dir={tmp_path}", log=log, spoiled=places)
+    assert forked_ranks.wait(pids) == [0, 0], log.read_text()
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert found == {place: [[], number] for number, place in enumerate(places, 1)}
+
+
 def test_a_few_steps_that_are_not_finite_are_left_out_on_both_ranks(tiny: Path, forked_ranks, tmp_path: Path) -> None:
     run = Run(forked_ranks, tiny, tmp_path, "nan", [1, 4])
     assert run.codes == [0, 0], run.said
@@ -99,7 +110,7 @@ def test_too_many_end_the_run_with_step_rank_images_and_the_last_good_checkpoint
     assert run.codes[0] == 5 and run.codes[1] == 5, run.said
     (error,) = run.errors
     assert "of step 6 were not finite on rank 1; images " in error and "Left out: it and 2 others, more than" in error
-    again = f"go on with: python launch.py resume {run.out} optim.lr=0.03 --allow-change optim.lr"
+    again = f"to go on: python launch.py resume {run.out} optim.lr=0.03 --allow-change optim.lr"
     assert "more than run.skip_limit=2 allows" in error and error.endswith(again)
     last = checkpoint.newest(checkpoints_path(run.out))
     assert last is not None and str(last[0]) in error and last[2] == []

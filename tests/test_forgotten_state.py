@@ -16,7 +16,7 @@ import launch
 from ressl import checkpoint
 from ressl.checkpoint import Checkpoint
 from ressl.config_file import load_config
-from ressl.run_dir import checkpoints_path
+from ressl.run_dir import checkpoints_path, lines_of, metrics_path
 
 STOP = 6  # amid the second epoch of four steps
 
@@ -139,4 +139,5 @@ def test_the_scale_of_fp16_is_kept(write_tiny_config: Callable[[Path], Path], tm
     train(config, "run.device=auto", "run.precision=fp16")
     states = [checkpoint.read(path).training["scaler"] for path in checkpoint.found(checkpoints_path(out))]
     assert all(state["scale"] > 0 for state in states)
+    assert all(record["loss_scale"] > 0 for record in lines_of(metrics_path(out)) if "loss" in record)
     assert json.dumps(states[0]) and states[0]["_growth_tracker"] != states[-1]["_growth_tracker"]

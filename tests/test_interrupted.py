@@ -130,7 +130,7 @@ def test_a_run_goes_on_with_another_number_of_ranks_in_the_same_order(
             os.kill(pids[0], signal.SIGTERM)
         assert set(forked_ranks.wait(pids)) == {0}, log.read_text()
     said = log.read_text()
-    assert "the run had 4 processes and has 2 now" in said and "the run had 2 processes and has 1 now" in said
+    assert "the run had 4 ranks and has 2 now" in said and "the run had 2 ranks and has 1 now" in said
     one, other = (lines_of(metrics_path(run)) for run in (out, straight))
     assert [record["step"] for record in one] == [record["step"] for record in other] == list(range(1, 13))
     assert [r["loss"] for r in one] == pytest.approx([r["loss"] for r in other], rel=1e-3)

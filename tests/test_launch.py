@@ -279,7 +279,7 @@ def test_steps_that_are_not_finite_are_left_out_aloud_and_too_many_stop_the_run(
     ressl: Launch, tiny_config: Path, tmp_path: Path
 ) -> None:
     code, out, _ = ressl("pretrain", tiny_config, "optim.lr=1e30", "optim.epochs=1", f"run.out_dir={tmp_path / 'a'}")
-    assert code == 0 and "warning: by step 4, 3 steps were left out: not finite" in out
+    assert code == 0 and "warning: left out by step 4, as not finite: 3 steps" in out
     code, _, err = ressl("pretrain", tiny_config, "optim.lr=1e30", "run.skip_limit=2")
     assert code == 5 and "ressl: error: the loss or the embeddings of step 4 were not finite; images " in err
     assert "Left out: it and 2 others" in err and "Nothing was saved: begin again with optim.lr=5e+29" in err

@@ -6,7 +6,7 @@ from shlex import quote
 from ressl import checkpoint
 from ressl.checkpoint import CheckpointError, Manifest
 from ressl.config_file import ConfigError
-from ressl.run_dir import checkpoints_path, config_path
+from ressl.run_dir import again_command, checkpoints_path, config_path
 
 
 def processes_of(about: Manifest, run_dir: Path) -> tuple[int, int]:
@@ -40,8 +40,7 @@ def how_to_go_on(run_dir: Path, nodes: int) -> str:
     last = last_checkpoint(run_dir)
     if last is None:
         return "nothing was saved"
-    again = "the same command on each machine" if nodes > 1 else f"python launch.py resume {quote(str(run_dir))}"
-    return f"the last checkpoint is {last}; to go on: {again}"
+    return f"the last checkpoint is {last}; to go on: {again_command(run_dir, several_nodes=nodes > 1)}"
 
 
 def newest_manifest(run_dir: Path) -> Manifest:
