@@ -5,7 +5,6 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
 Backend = Literal["inductor", "aot_eager"]
 SHAPES = 512  # of inputs that one kind of block meets: blocks x views x (with gradient, without)
@@ -18,6 +17,8 @@ def compile_blocks_(module: nn.Module, *, backend: Backend = "inductor") -> int:
     Each shape of views is compiled apart, as kernels for one shape are faster. Names and weights stay as they are.
     `aot_eager` finds out what can be compiled without compiling it.
     """
+    from torchvision.models.resnet import BasicBlock, Bottleneck
+
     torch._dynamo.config.optimize_ddp = False  # it would cut blocks where a bucket of gradients ends
     torch._dynamo.config.recompile_limit = max(SHAPES, torch._dynamo.config.recompile_limit)
     torch._dynamo.config.accumulated_recompile_limit = max(4 * SHAPES, torch._dynamo.config.accumulated_recompile_limit)

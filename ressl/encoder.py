@@ -3,10 +3,8 @@
 from collections import OrderedDict
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.resnet import BasicBlock
 
 from ressl.config import Encoder as EncoderConfig
 from ressl.config import ResNet, SmallResNet
@@ -45,6 +43,8 @@ def build_backbone(cfg: EncoderConfig) -> tuple[nn.Module, int]:
     """A network (B, 3, h, w) -> (B, F), and F."""
     match cfg:
         case ResNet():
+            import torchvision  # takes seconds, as it brings torch's compiler with it: most verbs do without
+
             resnet = torchvision.models.get_model(cfg.name, weights=None)
             feature_dim = resnet.fc.in_features
             resnet.fc = nn.Identity()
@@ -78,7 +78,9 @@ def _small_resnet(width: int, blocks: int) -> nn.Module:
     return model
 
 
-def _block(channels: int, out: int, *, stride: int) -> BasicBlock:
+def _block(channels: int, out: int, *, stride: int) -> nn.Module:
+    from torchvision.models.resnet import BasicBlock
+
     downsample = None
     if stride != 1 or channels != out:
         downsample = nn.Sequential(

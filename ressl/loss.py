@@ -136,7 +136,6 @@ class _LossAndGradient(torch.autograd.Function):
         return None, incoming * gradient, None, None
 
 
-@torch.compiler.disable
 def _fused(fused: Fused, student: Tensor, teacher: Tensor, queue: Tensor) -> Tensor:
     if torch.is_grad_enabled() and student.requires_grad:
         return _LossAndGradient.apply(fused, student, teacher, queue)

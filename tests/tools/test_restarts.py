@@ -4,42 +4,12 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 ANEW = "starting again from the beginning, restart"
-
-# Forks a launcher for each order that it reads and prints its process id; for {"pid": N} it prints how launcher N has
-# ended. So torch is imported once for all of them.
-DRIVER = """
-import json, os, resource, sys
-from pathlib import Path
-from tools.processes import ProcessesFailed, run_processes
-
-resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-for line in sys.stdin:
-    order = json.loads(line)
-    if "pid" in order:
-        print(os.waitstatus_to_exitcode(os.waitpid(order["pid"], 0)[1]), flush=True)
-    elif pid := os.fork():
-        print(pid, flush=True)
-    else:
-        for stream in (1, 2):
-            os.dup2(os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-        code = 0
-        try:
-            run = Path(order["run_dir"])
-            run_processes(order["command"], wait_s=20, silence_s=5, run_dir=run, **order["options"])
-        except ProcessesFailed as failed:
-            code = failed.exit_code
-        os._exit(code)
-"""
 
 # A rank that needs no torch. It tells who it is in each try, in a file. The last one does, in each try, what the next
 # word says: is killed by a signal, exits with a code (having `said` so, or asked to stop), or stays. The others stay
@@ -100,71 +70,25 @@ except RuntimeError:
 """
 
 
-class Launchers:
-    def __init__(self, directory: Path, driver: subprocess.Popen[str]) -> None:
-        self.directory, self.driver, self.pids = directory, driver, list[int]()
-        with socket.create_server(("localhost", 0)) as probe:
-            self.port = probe.getsockname()[1]
-
-    def ask(self, **order: object) -> int:
-        assert self.driver.stdin and self.driver.stdout
-        print(json.dumps(order), file=self.driver.stdin, flush=True)
-        return int(self.driver.stdout.readline())
-
-    def start(
-        self, words: str, *, restarts: int, node: int | None = None, program: str = RANK, run_dir: Path | None = None
-    ) -> int:
-        """The process id of a launcher of two ranks; with `node` of one, and another launcher has the other."""
-        script = self.directory / "rank.py"
-        script.write_text(program)
-        options: dict[str, object] = {"count": 2, "max_restarts": restarts}
-        if node is not None:
-            options |= {"count": 1, "nodes": 2, "node_rank": node, "rendezvous": f"localhost:{self.port}"}
-        command = [str(script), str(self.directory), *words.split()]
-        log, run = self.directory / f"node{node or 0}.log", run_dir or self.directory / "nothing"
-        self.pids.append(self.ask(command=command, log=str(log), run_dir=str(run), options=options))
-        return self.pids[-1]
-
-    def end(self, pid: int) -> int:
-        code = self.ask(pid=pid)
-        self.pids.remove(pid)
-        return code
-
-    def tries(self, rank: int) -> list[dict]:
-        return [json.loads(path.read_text()) for path in sorted(self.directory.glob(f"rank{rank}.try?"))]
-
-    def said(self, node: int = 0) -> list[str]:
-        lines = (self.directory / f"node{node}.log").read_text().splitlines()
-        return [line for line in lines if " waits " not in line]
+def start(
+    launchers, words: str, *, restarts: int, node: int | None = None, program: str = RANK, run_dir: Path | None = None
+) -> int:
+    """The process id of a launcher of two ranks; with `node` of one, and another launcher has the other."""
+    count, run = 2 if node is None else 1, run_dir or launchers.directory / "nothing"
+    return launchers.start(
+        program, *words.split(), count=count, node=node, run_dir=run, max_restarts=restarts, silence_s=5
+    )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def driver(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
-    left = tmp_path_factory.mktemp("left")  # here by launchers that are killed
-    environment = os.environ | {"PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1", "TMPDIR": str(left)}
-    with subprocess.Popen(
-        [sys.executable, "-c", DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        yield process
-
-
-@pytest.fixture
-def launchers(driver: subprocess.Popen[str], tmp_path: Path) -> Iterator[Launchers]:
-    launchers = Launchers(tmp_path, driver)
-    yield launchers
-    for pid in [tried["pid"] for rank in (0, 1) for tried in launchers.tries(rank)]:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    for pid in launchers.pids:
-        os.kill(pid, signal.SIGKILL)
-        launchers.ask(pid=pid)
+def tries(launchers, rank: int) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted(launchers.directory.glob(f"rank{rank}.try?"))]
 
 
 # --- one node --------------------------------------------------------------------------------------------------------
 
 
-def test_what_may_be_mended_starts_again_each_time_told_in_one_line(launchers: Launchers) -> None:
-    assert launchers.end(launchers.start("SIGKILL 1 said6 ends", restarts=3)) == 0
+def test_what_may_be_mended_starts_again_each_time_told_in_one_line(launchers) -> None:
+    assert launchers.end(start(launchers, "SIGKILL 1 said6 ends", restarts=3)) == 0
     assert launchers.said() == [
         f"ressl: rank 1 was killed by SIGKILL (out of memory?); {ANEW} 1 of 3",
         f"ressl: a process failed; {ANEW} 2 of 3",
@@ -172,11 +96,11 @@ def test_what_may_be_mended_starts_again_each_time_told_in_one_line(launchers: L
     ]
 
 
-def test_where_there_is_a_checkpoint_it_is_named_and_at_the_end_how_to_go_on_from_it(launchers: Launchers) -> None:
+def test_where_there_is_a_checkpoint_it_is_named_and_at_the_end_how_to_go_on_from_it(launchers) -> None:
     run = launchers.directory / "a run"
     (run / "checkpoints" / "step-00000012").mkdir(parents=True)
-    assert launchers.end(launchers.start("1 SIGKILL", restarts=1, run_dir=run)) == 4
-    assert launchers.end(launchers.start("1 1 said6", restarts=0, run_dir=run)) == 6
+    assert launchers.end(start(launchers, "1 SIGKILL", restarts=1, run_dir=run)) == 4
+    assert launchers.end(start(launchers, "1 1 said6", restarts=0, run_dir=run)) == 6
     here = f"the last checkpoint is step-00000012; to go on: python launch.py resume '{run}'"
     assert launchers.said() == [
         "ressl: a process failed; starting again from step-00000012, restart 1 of 1",
@@ -193,21 +117,21 @@ def test_where_there_is_a_checkpoint_it_is_named_and_at_the_end_how_to_go_on_fro
     ],
 )
 def test_when_the_restarts_are_used_up_the_last_failure_counts(
-    launchers: Launchers, words: str, code: int, last: list[str]
+    launchers, words: str, code: int, last: list[str]
 ) -> None:
-    assert launchers.end(launchers.start(words, restarts=2)) == code
+    assert launchers.end(start(launchers, words, restarts=2)) == code
     assert launchers.said()[2:] == last
-    assert len(launchers.tries(0)) == len(launchers.tries(1)) == 3
+    assert len(tries(launchers, 0)) == len(tries(launchers, 1)) == 3
 
 
 @pytest.mark.parametrize(
     ("word", "code"),
     [("2", 2), ("said3", 3), ("said4", 4), ("said5", 5), ("75", 75), ("130", 130), ("stopped", 75)],
 )
-def test_what_cannot_be_mended_does_not_start_again(launchers: Launchers, word: str, code: int) -> None:
-    assert launchers.end(launchers.start(f"{word} ends", restarts=3)) == code
+def test_what_cannot_be_mended_does_not_start_again(launchers, word: str, code: int) -> None:
+    assert launchers.end(start(launchers, f"{word} ends", restarts=3)) == code
     assert launchers.said() == []
-    assert len(launchers.tries(0)) == len(launchers.tries(1)) == 1
+    assert len(tries(launchers, 0)) == len(tries(launchers, 1)) == 1
 
 
 @pytest.mark.parametrize(
@@ -219,33 +143,33 @@ def test_what_cannot_be_mended_does_not_start_again(launchers: Launchers, word: 
         ("SIGRTMIN", ""),
     ],
 )
-def test_nothing_starts_again_unless_asked_to_and_a_killer_is_named(launchers: Launchers, word: str, hint: str) -> None:
-    assert launchers.end(launchers.start(f"{word} ends", restarts=0)) == 4
+def test_nothing_starts_again_unless_asked_to_and_a_killer_is_named(launchers, word: str, hint: str) -> None:
+    assert launchers.end(start(launchers, f"{word} ends", restarts=0)) == 4
     assert launchers.said() == [f"ressl: error: rank 1 was killed by {word}{hint}; nothing was saved"]
 
 
-def test_each_try_has_marks_of_its_own_and_leaves_none_of_its_ranks(launchers: Launchers) -> None:
-    assert launchers.end(launchers.start("said6 said1 said3", restarts=5)) == 3  # not the 6 that was said first
+def test_each_try_has_marks_of_its_own_and_leaves_none_of_its_ranks(launchers) -> None:
+    assert launchers.end(start(launchers, "said6 said1 said3", restarts=5)) == 3  # not the 6 that was said first
     for rank in (0, 1):
-        tries = launchers.tries(rank)
-        assert len({tried["marks"] for tried in tries}) == 3
-        assert all(tried["empty"] and not Path(tried["marks"]).exists() for tried in tries)
-        for tried in tries:
+        found = tries(launchers, rank)
+        assert len({tried["marks"] for tried in found}) == 3
+        assert all(tried["empty"] and not Path(tried["marks"]).exists() for tried in found)
+        for tried in found:
             with pytest.raises(ProcessLookupError):
                 os.kill(tried["pid"], 0)
 
 
-def test_a_signal_between_two_tries_stops_the_run(launchers: Launchers) -> None:
-    pid = launchers.start("1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1", restarts=19)
-    while len(launchers.tries(0)) < 2:
+def test_a_signal_between_two_tries_stops_the_run(launchers) -> None:
+    pid = start(launchers, "1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1", restarts=19)
+    while len(tries(launchers, 0)) < 2:
         time.sleep(0.01)
     os.kill(pid, signal.SIGUSR1)
     assert launchers.end(pid) in (1, 75)  # as it comes while the ranks are there, or start
-    assert len(launchers.tries(0)) < 20
+    assert len(tries(launchers, 0)) < 20
 
 
-def test_ranks_of_torch_meet_anew_and_the_one_that_lost_touch_says_nothing(launchers: Launchers) -> None:
-    assert launchers.end(launchers.start("- -", restarts=1, program=TRAINING)) == 0
+def test_ranks_of_torch_meet_anew_and_the_one_that_lost_touch_says_nothing(launchers) -> None:
+    assert launchers.end(start(launchers, "- -", restarts=1, program=TRAINING)) == 0
     line = f"ressl: rank 1 was killed by SIGKILL (out of memory?); {ANEW} 1 of 1"
     assert launchers.said() == ["met", line, "met"]
 
@@ -253,10 +177,10 @@ def test_ranks_of_torch_meet_anew_and_the_one_that_lost_touch_says_nothing(launc
 # --- two nodes -------------------------------------------------------------------------------------------------------
 
 
-def test_nodes_start_again_together(launchers: Launchers) -> None:
-    pids = [launchers.start("SIGKILL said1 ends", restarts=2, node=node) for node in (0, 1)]
+def test_nodes_start_again_together(launchers) -> None:
+    pids = [start(launchers, "SIGKILL said1 ends", restarts=2, node=node) for node in (0, 1)]
     assert [launchers.end(pid) for pid in pids] == [0, 0]
-    assert [len(launchers.tries(rank)) for rank in (0, 1)] == [3, 3]
+    assert [len(tries(launchers, rank)) for rank in (0, 1)] == [3, 3]
     assert launchers.said(1) == [
         f"ressl: rank 1 was killed by SIGKILL (out of memory?); {ANEW} 1 of 2",
         f"ressl: a process failed; {ANEW} 2 of 2",
@@ -268,23 +192,23 @@ def test_nodes_start_again_together(launchers: Launchers) -> None:
     ]
 
 
-def test_nodes_end_together_when_it_cannot_be_mended(launchers: Launchers) -> None:
-    pids = [launchers.start("SIGKILL said3 ends", restarts=2, node=node) for node in (0, 1)]
+def test_nodes_end_together_when_it_cannot_be_mended(launchers) -> None:
+    pids = [start(launchers, "SIGKILL said3 ends", restarts=2, node=node) for node in (0, 1)]
     assert [launchers.end(pid) for pid in pids] == [3, 3]
-    assert [len(launchers.tries(rank)) for rank in (0, 1)] == [2, 2]
+    assert [len(tries(launchers, rank)) for rank in (0, 1)] == [2, 2]
     assert launchers.said(0)[1:] == [f"ressl: error: node 1 ({socket.gethostname()}) failed, exit code 3"]
 
 
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_launcher_that_was_killed_may_be_started_again_and_joins_the_others(launchers: Launchers, lost: int) -> None:
-    pids = [launchers.start("stays ends", restarts=1, node=node) for node in (0, 1)]
-    while not all(launchers.tries(rank) for rank in (0, 1)):
+def test_a_launcher_that_was_killed_may_be_started_again_and_joins_the_others(launchers, lost: int) -> None:
+    pids = [start(launchers, "stays ends", restarts=1, node=node) for node in (0, 1)]
+    while not all(tries(launchers, rank) for rank in (0, 1)):
         time.sleep(0.01)
     os.kill(pids[lost], signal.SIGKILL)
     launchers.end(pids[lost])
-    pids[lost] = launchers.start("stays ends", restarts=1, node=lost)
+    pids[lost] = start(launchers, "stays ends", restarts=1, node=lost)
     assert [launchers.end(pid) for pid in pids] == [0, 0]
-    assert [len(launchers.tries(rank)) for rank in (0, 1)] == [2, 2]
+    assert [len(tries(launchers, rank)) for rank in (0, 1)] == [2, 2]
     assert launchers.said(lost) == []
     there = f"ressl: node {lost} ({socket.gethostname()}) was lost: its launcher was killed, or the network failed"
     assert launchers.said(1 - lost) == [f"{there}; {ANEW} 1 of 1"]

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from pipelines.frames import Frames
 from ressl.collectives import alone
@@ -21,6 +20,8 @@ def needed_flops(cfg: Config, images: int, *, on_gpu: bool) -> dict[StageName, f
     """Of a step of `images` images. The encoder's are counted layer by layer, without computing; the loss's follow from
     its definition: each of V + 1 embeddings of an image meets each row of the queue, and each of V takes a gradient
     from it, in the stage in which that is done."""
+    from torch.utils.flop_counter import FlopCounterMode  # brings Triton with it, which takes its time
+
     method, weak, strong = _without_memory(cfg)
     with FlopCounterMode(display=False) as student:
         embeddings = method.embed(tuple(strong))
