@@ -33,7 +33,7 @@ quickstart: setup
 	@.venv/bin/python launch.py quickstart
 
 test: setup
-	@.venv/bin/python -m pytest -q -n $(WORKERS) --dist loadfile
+	@.venv/bin/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 soak:
 	@PYTHONPATH=. $(PYTHON) tests/soak.py $(OPTIONS)

@@ -34,6 +34,14 @@ from tools.convert import convert  # noqa: E402
 REPO = Path(__file__).resolve().parents[1]
 
 
+LONG = ("test_crash_equality.py", "test_convert_kill.py", "test_interrupted.py", "test_full_disk.py", "test_compile.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: at the end no process works long after the others."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(scope="session")
 def repo() -> Path:
     """The checkout."""

@@ -23,6 +23,7 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"  # threads do not survive a fork
 
 import torch
+import torchvision.models.resnet  # noqa: F401  # takes seconds too
 from rich.console import Console
 
 from pipelines import build_loaders

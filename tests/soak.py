@@ -27,6 +27,7 @@ from typing import Literal
 os.environ |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "NUMBA_THREADING_LAYER": "workqueue"}
 
 import numpy as np
+import torchvision.models.resnet  # noqa: F401  # takes seconds, so it is imported once for all ranks
 from PIL import Image
 from rich.console import Console
 
@@ -305,6 +306,8 @@ def soak(
     words, per_run = (root / "source").read_text(), min(kills, per_run)
     if source == "ffcv":  # what it compiles, which takes seconds, is compiled once for all ranks
         FfcvSource(root / "ffcv" / "train.beton", workers=1, on_corrupt="fail", report=tell)
+    if source == "dali":
+        import nvidia.dali.fn  # noqa: F401
     epochs = max(4, -(-per_run * STEPS_PER_KILL // STEPS_PER_EPOCH))
     whole = root / "undisturbed"
     write_config(root / "undisturbed.yaml", words, whole, epochs)
