@@ -23,7 +23,7 @@ if __name__ == "__main__" and sys.argv[1:] == ["doctor"]:  # it must work where 
 import json
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -56,13 +56,13 @@ from tools.evaluation import Which, chosen_checkpoint, record_evaluation
 from tools.nodes import check_nodes
 from tools.plan import make_plan, on_processes, print_plan, remarks
 from tools.preview import draw_views
-from tools.processes import another_failed, run_processes
+from tools.processes import another_failed, run_processes, tell_done
 from tools.profiling.compare import compare as compare_profiles
 from tools.profiling.report import print_profile, write_profile
 from tools.profiling.run import profile as take_profile
 from tools.quickstart import quickstart as run_quickstart
 from tools.resuming import config_of, newest_manifest, processes_of
-from tools.terminal import plain_console, prepare_terminal, settle_streams
+from tools.terminal import leave, plain_console, prepare_terminal, settle_streams
 from tools.verify import verify as verify_data
 
 HELP = """Relational self-supervised learning: prepare images, pretrain an encoder, evaluate it.
@@ -81,7 +81,9 @@ Overrides = Annotated[
 ]
 Gpus = Annotated[int, typer.Option(help="processes, one for each GPU of this machine", min=0)]
 Processes = Annotated[int, typer.Option(help="processes on the CPU, joined by gloo", min=0)]
-MaxRestarts = Annotated[int, typer.Option(help="times to start again after a process was lost or hung", min=0)]
+MaxRestarts = Annotated[
+    int, typer.Option(help="times to start again after a process was lost or hung, or met a bug", min=0)
+]
 AllowChange = Annotated[
     list[str] | None, typer.Option(metavar="KEY", help="go on although this key of the config has another value now")
 ]
@@ -100,21 +102,23 @@ def run(cfg: Config, console: Console, allowed: Sequence[str] = ()) -> float:
     return train_run(
         cfg,
         runtime,
-        _open_loaders(cfg, runtime, console, bad_images.report),
+        _open_loaders(cfg, runtime, console, bad_images),
         bad_images,
         console,
         remarks=remarks(cfg, runtime.world_size),
         allowed=allowed,
         end=end_hanging,
         lost=partial(another_failed, wait=False),
+        done=tell_done,
     )
 
 
-def _open_loaders(cfg: Config, runtime: Runtime, console: Console, report: Callable[[str], None]) -> Loaders:
+def _open_loaders(cfg: Config, runtime: Runtime, console: Console, bad_images: BadImages) -> Loaders:
     with shown_decoding(console, enabled=runtime.is_main) as progress:
         loaders = build_loaders(
             cfg, device=runtime.device, dtype=runtime.dtype, rank=runtime.rank, world_size=runtime.world_size,
-            cores=settle(cfg.data.placement, runtime.device), report=report, progress=progress,
+            cores=settle(cfg.data.placement, runtime.device), report=bad_images.report,
+            report_val=partial(bad_images.report, training=False), progress=progress,
         )  # fmt: skip
     assert isinstance(loaders.train, ViewStream)
     if runtime.is_main and fused(cfg.views.impl, runtime.device):
@@ -389,4 +393,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -38,15 +38,18 @@ def build_loaders(
     world_size: int = 1,
     cores: int | None = None,
     report: Report = _silent,
+    report_val: Report | None = None,
     progress: Progress = _no_progress,
 ) -> Loaders:
     """The streams of one rank. `dtype` is that of the training views; `cores` may decode, or all that the process may
-    run on; `report` is told of images that were replaced, `progress` of those that are decoded before the first step.
+    run on; `report` is told of images that were replaced, `report_val` of those of that split if it is given,
+    `progress` of those that are decoded before the first step.
     """
     if isinstance(cfg.data.source, config.ResidentSource):  # decoding may take minutes: what is wrong is told before
         check_data(cfg, device, world_size)
     open_split = partial(build_source, rank=rank, world_size=world_size, cores=cores, progress=progress)
-    train, val = (open_split(cfg.data, split, device, report) for split in SPLITS)
+    reports = {"train": report, "val": report_val or report}
+    train, val = (open_split(cfg.data, split, device, reports[split]) for split in SPLITS)
     assert train is not None
     if val:
         _compare_classes(cfg.data, train.classes, val.classes)

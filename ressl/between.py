@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from shlex import quote
 
 import torch
 
@@ -86,6 +87,7 @@ class Between:
             world_size=runtime.world_size,
             local_ranks=runtime.local_ranks,
             device=runtime.device.type,
+            left_out=False,  # see Snapshot
         )
         self.saver.save(
             lambda: take_snapshot(about, self.take_step.method, self.take_step.plain, self.take_step.guarded, runtime),
@@ -127,14 +129,18 @@ class Between:
         self.watchdog.at("step")
 
     def _not_finite(self) -> str:
+        self.saver.wait()  # before the others are met, who look for the last checkpoint too
         what = self.take_step.guarded.describe(self.start_step, self.runtime.collectives)
-        last = next(iter(checkpoint.found(checkpoints_path(self.cfg.run.out_dir))), None)
+        found = checkpoint.found(checkpoints_path(self.cfg.run.out_dir))
+        last = next(iter(checkpoint.good(found)), None)
+        later = [quote(str(path)) for path in found if last and path > last]  # of weights that lead to no number
         others = self.recorder.skipped - self.skipped - 1
         total = f"it and {counted(others, 'other')}" if others else "it"
-        lower = f"optim.lr={self.cfg.optim.lr / 2:g}"
         several = self.runtime.world_size != self.runtime.local_ranks
-        again = again_command(self.cfg.run.out_dir, several_nodes=several, change=f"{lower} --allow-change optim.lr")
-        limit, there = self.cfg.run.skip_limit, f"The last checkpoint is {last}; to go on: {again}"
+        lower = f"optim.lr={self.cfg.optim.lr / 2:g} --allow-change optim.lr"
+        again = again_command(self.cfg.run.out_dir, several_nodes=several, change=lower)
+        remove = f"rm -r {' '.join(later)}; " if later else ""
+        limit, there = self.cfg.run.skip_limit, f"The last good checkpoint is {last}; to go on: {remove}{again}"
         advice = there if last else f"Nothing was saved: begin again with {lower}"
         return f"{what}. Left out: {total}, more than run.skip_limit={limit} allows. {advice}"
 

@@ -16,7 +16,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-FORMAT = 2
+FORMAT = 3
 MODEL, TRAINING, MANIFEST = "model.safetensors", "training.pt", "MANIFEST.json"
 MAKING = ".part-"  # before the name of one that is being written or removed
 DIGITS = 2 * hashlib.sha256().digest_size
@@ -59,6 +59,7 @@ class Manifest:
     world_size: int  # ranks
     local_ranks: int  # of them on each machine
     device: str  # cpu or cuda
+    left_out: bool  # the last step, as it was not finite: weights that lead to such steps may be of no use
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +108,11 @@ def write(directory: Path, saved: Checkpoint) -> Path:
 
 
 def prune(directory: Path, *, keep: int, best: int | None = None, damaged: Collection[Path] = ()) -> None:
-    """Removes all but the `keep` newest and that of step `best`; those in `damaged` are removed, and do not count."""
-    good = [path for path in found(directory) if path not in damaged]
-    spared = {*good[:keep], *(path for path in good if best is not None and path.name == name_of(best))}
+    """Removes all but the newest, the `keep` newest good ones, and that of step `best`. Those in `damaged` are removed,
+    and do not count; neither do those whose last step was left out."""
+    whole = [path for path in found(directory) if path not in damaged]
+    best_name = None if best is None else name_of(best)
+    spared = {*whole[:1], *good(whole)[:keep], *(path for path in whole if path.name == best_name)}
     for path in found(directory):
         if path not in spared:
             _remove(path)
@@ -194,6 +197,18 @@ def found(directory: Path) -> list[Path]:
     return sorted(directory.glob("step-" + 8 * "[0-9]"), reverse=True)
 
 
+def good(paths: Iterable[Path]) -> list[Path]:
+    """Those whose last step was not left out, as far as can be read."""
+    return [path for path in paths if not _left_out(path)]
+
+
+def _left_out(path: Path) -> bool:
+    try:
+        return about(path).left_out
+    except CheckpointError:
+        return False
+
+
 def newest(
     directory: Path, tell: Callable[[str], None] = lambda message: None
 ) -> tuple[Path, Checkpoint, list[Path]] | None:
@@ -206,6 +221,8 @@ def newest(
             saved = read(path)
         except CheckpointError as error:
             if error.foreign:
+                for reason in reasons:
+                    tell(reason)
                 raise
             damaged.append(path)
             reasons.append(str(error))
@@ -260,7 +277,8 @@ def _read_manifest(path: Path) -> tuple[Manifest, dict[str, Any]]:
             raise CheckpointError(f"{path}: checkpoint format {version}, this build reads {FORMAT}", foreign=True)
         sums = dict(fields.pop("files"))
         said = Manifest(**fields)
-        if not all(type(fields[name]) is (str if name == "device" else int) for name in Manifest.__slots__):
+        types = {"device": str, "left_out": bool}
+        if not all(type(fields[name]) is types.get(name, int) for name in Manifest.__slots__):
             raise TypeError("its fields are of other types")
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         if isinstance(error, CheckpointError):

@@ -102,7 +102,7 @@ class DataConfig(Section):
     on_corrupt: Literal["replace", "fail"] = "replace"
     """An image that cannot be read: another one takes its place and the record says so, or the run stops."""
     max_bad: Probability = 0.01
-    """Share of the training images that may be replaced; more end the run. Ten may always."""
+    """Share of the training images that may be bad, since the run was last started; more end it. Ten may always."""
     prefetch: Annotated[int, Field(ge=1, le=16)] = 2
     """Batches prepared ahead, per rank."""
     shuffle: Literal["global", "blocks"] = "global"

@@ -30,7 +30,7 @@ class Guard:
         number = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped = number.clone()  # steps left out in the whole run
         self.looked = number.clone()  # steps looked at since this process began
-        self.last = number.clone()  # what `looked` was at the last step left out
+        self.last = number - 1  # what `looked` was at the last step left out
         self.rows = torch.zeros(rows, dtype=torch.bool, device=device)  # the images of it whose numbers were not finite
         self.index = torch.zeros(own, dtype=torch.int64, device=device)  # and all of this rank's images of it
 
@@ -71,7 +71,7 @@ class Guard:
     @property
     def left_out(self) -> Tensor:
         """Whether the last step was, () bool."""
-        return (self.last == self.looked) & (self.looked > 0)
+        return self.last == self.looked
 
     def average_statistics_(self, collectives: Collectives) -> None:
         """Replaces the statistics of each rank by their mean over the ranks. Training does not read them; evaluations

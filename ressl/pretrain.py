@@ -4,11 +4,10 @@ The parts stand in files of their own; this one says when each has its turn.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -59,9 +58,10 @@ def pretrain(
     allowed: Sequence[str] = (),
     end: Callable[[str], None],
     lost: Callable[[], bool] = lambda: False,
+    done: Callable[[], object] = lambda: None,
 ) -> float:
     """Called on every rank; returns the images per second. `allowed`: see `check_run_dir`; `end` and `lost`: see
-    Watchdog.
+    Watchdog; `done` is called when all has been saved, while signals are still heard.
 
     Raises Stopped after a signal, when the run is saved; NonFiniteRun and NonFiniteWeights; RanksDiffer; SaveError
     where the last checkpoint could not be written; CheckpointError where none of those that are there can be used.
@@ -71,16 +71,15 @@ def pretrain(
     tell = partial(warn, console) if runtime.is_main else _silent
     with Stop(aloud=not launched()) as stop, make_run_dir(cfg, allowed) if runtime.is_main else nullcontext():
         runtime.wait_for_everyone()
-        bad_images.open()
-        bad_images.check(loaders.probes.count("train"), cfg.data.max_bad)
         start_step, damaged = _go_on(cfg, runtime, loaders, take_step, tell)
         if runtime.is_main:
-            changed = accept_changes(cfg, allowed)
-            _set_log_aside(out_dir, start_step, tell)
-            keep_metrics_until(out_dir, start_step)
-            for line in [*remarks, *_where(start_step, cfg.optim.epochs * loaders.train.steps_per_epoch, changed)]:
+            total = cfg.optim.epochs * loaders.train.steps_per_epoch
+            for line in [*remarks, *_begin(cfg, allowed, start_step, total, tell)]:
                 console.print(line, soft_wrap=True)
         runtime.wait_for_everyone()
+        bad_images.open()
+        runtime.wait_for_everyone()  # from here on each sees what all add
+        bad_images.check(loaders.probes.count("train"), cfg.data.max_bad)
         rank, world_size, patience = runtime.rank, runtime.world_size, cfg.run.hang_timeout
         watchdog = Watchdog(
             out_dir / WATCH, rank=rank, world_size=world_size, seconds=patience, end=end, lost=lost
@@ -100,6 +99,8 @@ def pretrain(
             watchdog.at("saving")
             saver.finish()
             runtime.wait_for_everyone()  # saved is what all may say now
+            if not between.stopping:
+                done()
     if between.stopping:
         again = again_command(out_dir, several_nodes=world_size != runtime.local_ranks)
         raise Stopped(f"stopped after step {step:,}, and saved; to go on: {again}")
@@ -134,7 +135,11 @@ def _recorder(
     )
 
 
-def _where(start_step: int, total: int, changed: Mapping[str, tuple[Any, Any]]) -> list[str]:
+def _begin(cfg: Config, allowed: Sequence[str], start_step: int, total: int, tell: Callable[[str], None]) -> list[str]:
+    """Makes config and log those of a run that is after `start_step` of `total` steps. Returns what to say of it."""
+    changed = accept_changes(cfg, allowed)
+    _set_log_aside(cfg.run.out_dir, start_step, tell)
+    keep_metrics_until(cfg.run.out_dir, start_step)
     changes = [f"changed: {key} from {old} to {new}" for key, (old, new) in changed.items()]
     match start_step:
         case 0:

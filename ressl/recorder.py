@@ -3,7 +3,9 @@
 Reading a value waits for the device, and this is the only place of the training step that does so.
 """
 
+import json
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -34,37 +36,48 @@ def counted(count: int, noun: str) -> str:
 
 class BadImages:
     """Images that could not be read and were replaced: never silent. Every rank adds to the same file; what it says
-    already, because the run was interrupted after it, is not said twice."""
+    already, because the run was interrupted after it, is not said twice.
+
+    `report` may be called from any thread. What it gets before `open` waits for that.
+    """
 
     def __init__(self, out_dir: Path, console: Console, rank: int) -> None:
         self.path, self.console, self.rank = bad_images_path(out_dir), console, rank
         self.after_step = 0
-        self._known: set[str] | None = None
-        self._bad: set[str] = set()  # what is known without its replacement, another one in each epoch
-        self._early: list[str] = []  # what is said before there is a directory to write to
+        self._lock = threading.Lock()
+        self._known: set[str] | None = None  # messages in the file; None: there is no directory for it yet
+        self._early: list[tuple[str, bool]] = []
+        self._bad: set[str] = set()  # bad training images of all ranks since the run was started
+        self._read = 0  # bytes of the file
 
     def open(self) -> None:
-        """From here on there is a directory."""
-        self._known = set()
-        self._learn()
-        for message in self._early:
-            self.report(message)
+        """From here on there is a directory, and what is added to its file counts."""
+        with self._lock:
+            self._known = {str(record.get("message")) for record in lines_of(self.path)}
+            self._read = self.path.stat().st_size if self.path.exists() else 0
 
-    def report(self, message: str) -> None:
-        """May be called from any thread. A disk that is full does not end the run."""
-        if self._known is None:
-            self._early.append(message)
-            return
-        if message not in self._known:
-            with suppress(OSError):
-                append_line(self.path, {"after_step": self.after_step, "rank": self.rank, "message": message})
+    def report(self, message: str, *, training: bool = True) -> None:
+        """`training`: it is of the training set. A disk that is full does not end the run."""
+        with self._lock:
+            if self._known is None:
+                self._early.append((message, training))
+                return
+            if message not in self._known:
+                record = {"after_step": self.after_step, "rank": self.rank, "training": training, "message": message}
+                with suppress(OSError):
+                    append_line(self.path, record)
             self._known.add(message)
-            self._learn()
+            if training:
+                self._bad.add(message.split(REPLACED)[0])
         warn(self.console, message)
 
     def check(self, images: int, share: float) -> None:
-        """Raises DataError where more than `share` of the `images` of the data set were bad so far, and more than
-        FEW_BAD."""
+        """Raises DataError where more than `share` of the `images` of the training set, and more than FEW_BAD, were bad
+        since the run was started."""
+        early, self._early = self._early, []
+        for message, training in early:
+            self.report(message, training=training)
+        self._learn()
         if len(self._bad) > max(FEW_BAD, share * images):
             raise DataError(
                 f"{len(self._bad):,} of {images:,} images could not be read, more than data.max_bad={share:g} allows; "
@@ -72,10 +85,20 @@ class BadImages:
             )
 
     def _learn(self) -> None:
-        """What other ranks have recorded too."""
-        assert self._known is not None
-        self._known |= {str(record.get("message")) for record in lines_of(self.path)}
-        self._bad = {message.split(REPLACED)[0] for message in self._known}
+        """What other ranks have added, by whole lines."""
+        with self._lock, suppress(OSError):
+            if not self.path.exists() or self.path.stat().st_size == self._read:
+                return
+            with self.path.open("rb") as file:
+                file.seek(self._read)
+                new = file.read()
+            whole = new[: new.rfind(b"\n") + 1]
+            self._read += len(whole)
+            for line in whole.splitlines():
+                with suppress(ValueError, AttributeError):
+                    record = json.loads(line)
+                    if record.get("training"):
+                        self._bad.add(str(record.get("message")).split(REPLACED)[0])
 
 
 class Recorder:
@@ -105,7 +128,7 @@ class Recorder:
         self.mean, self.watch = mean, watch
         self.every, self.images, self.active, self.track = every, images, active, track
         self.skipped = 0  # steps left out so far, as of the last record
-        self._warned, self._unwritten = False, False
+        self._warned, self._unwritten = "", False  # the last warning; whether the last record could not be written
         self.steps_per_epoch, self.epochs = steps_per_epoch, epochs
         self.console = console
         self.file = metrics_path(out_dir)
@@ -188,9 +211,10 @@ class Recorder:
 
     def _warn(self, warning: str) -> None:
         """Once; the log says it at each record."""
-        if not self._warned:
+        kind = warning.partition(":")[0]  # the rest has numbers
+        if kind != self._warned:
             warn(self.console, warning)
-        self._warned = True
+        self._warned = kind
 
     def evaluated(self, step: int, values: Mapping[str, float], seconds: float) -> None:
         """The result of an evaluation between epochs."""

@@ -8,6 +8,7 @@ import math
 import os
 import socket
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -152,7 +153,11 @@ def lock(path: Path) -> TextIO:
     """Holds `path`, made if it is not there, until the returned file is closed. Raises RunDirError if another does."""
     held = path.open("a+")
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.2)  # it may be that someone only looks: see check_not_in_use
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         problem = _in_use(path.parent, held)
         held.close()

@@ -36,7 +36,7 @@ class Saver:
     def save(self, take: Callable[[], Snapshot | None], *, last: bool = False) -> None:
         """`take` makes the snapshot, on all ranks; where it gives none, nothing is written. `last`: the run ends here,
         so it must be saved, and `finish` tells how that went."""
-        self._join()
+        self.wait()
         started = time.perf_counter()
         if (snapshot := take()) is not None:
             self._thread = threading.Thread(target=self._write, args=(snapshot, last), name="checkpoint")
@@ -45,12 +45,13 @@ class Saver:
 
     def wrote(self, step: int) -> bool:
         """Whether there is a checkpoint of `step`; waits for one that is being written."""
-        self._join()
-        return (self.directory / checkpoint.name_of(step)).exists()
+        self.wait()
+        path = self.directory / checkpoint.name_of(step)
+        return path.exists() and path not in self.damaged
 
     def finish(self) -> None:
         """Waits for the last one. Raises SaveError where it could not be written."""
-        self._join()
+        self.wait()
         if self.failed:
             raise self.failed
 
@@ -59,7 +60,8 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
 
-    def _join(self) -> None:
+    def wait(self) -> None:
+        """For one that is being written. Raises what ends the run."""
         if self._thread is not None:
             started = time.perf_counter()
             self._thread.join()
@@ -70,14 +72,12 @@ class Saver:
 
     def _write(self, snapshot: Snapshot, last: bool) -> None:
         try:
-            saved, left_out = snapshot.wait()
-            if left_out and not last:
+            saved = snapshot.wait()
+            if saved.about.left_out and not last:
                 return
             _flush(self.log)
             written = checkpoint.write(self.directory, saved)
             self.saved, self.failed = self.saved + 1, None
-            if left_out:
-                return
             gone = [path for path in self.damaged if path != written]  # it may have taken the place of one
             checkpoint.prune(self.directory, keep=self.keep, best=self.best, damaged=gone)
             self.damaged = ()

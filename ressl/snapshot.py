@@ -1,6 +1,6 @@
 """What a run is between two steps: taken for a checkpoint while the run goes on, and put back into a new one."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,14 @@ STATISTICS = ("running_mean", "running_var")  # the ends of the names of what ba
 class Snapshot:
     saved: Checkpoint
     left_out: Tensor
-    """() bool: whether the step before was not finite. Weights that lead to such steps may be of no use."""
+    """() bool: whether the step before was, which is known on the device first."""
     copied: torch.cuda.Event | None
     """When it has happened, the tensors are what they are to be; None: they are."""
 
-    def wait(self) -> tuple[Checkpoint, bool]:
-        """`saved` and `left_out`."""
+    def wait(self) -> Checkpoint:
         if self.copied is not None:
             self.copied.synchronize()
-        return self.saved, bool(self.left_out)
+        return replace(self.saved, about=replace(self.saved.about, left_out=bool(self.left_out)))
 
 
 def take_snapshot(
@@ -107,7 +106,7 @@ def restore_(
             _set_random_numbers(saved.training["random"][runtime.rank], runtime.device)
     except (RuntimeError, ValueError, LookupError, TypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise CheckpointError(f"{path / TRAINING}: does not fit the config's optimizer: {reason}") from None
+        raise CheckpointError(f"{path / TRAINING}: does not fit this run: {reason}") from None
 
 
 def _statistics(guard: Guard) -> Tensor:

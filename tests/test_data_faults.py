@@ -160,6 +160,30 @@ def test_too_many_bad_images_end_the_run(ressl: Launch, tiny_config: Path, data:
     assert ressl(*begun, f"run.out_dir={tmp_path / 'other'}")[0] == 0  # ten may always
 
 
+def test_data_that_were_mended_are_not_refused_for_what_they_were(
+    ressl: Launch, tiny_config: Path, data: Path, tmp_path: Path
+) -> None:
+    paths = sorted((data / "folder").rglob("*.png"))[:11]
+    whole = [path.read_bytes() for path in paths]
+    for path in paths:
+        path.write_bytes(b"")
+    begun = ["pretrain", tiny_config, source("resident", data / "folder"), "optim.batch_size=8"]  # decoded at once
+    assert ressl(*begun)[0] == 2
+    for path, content in zip(paths, whole, strict=True):
+        path.write_bytes(content)
+    assert ressl(*begun)[0] == 0
+
+
+def test_bad_images_of_the_other_split_are_told_and_do_not_count(
+    ressl: Launch, tiny_config: Path, tiny_data: Path, data: Path, tmp_path: Path
+) -> None:
+    val = shutil.copytree(tiny_data / "folder" / "val", tmp_path / "val")
+    for path in sorted(val.rglob("*.png"))[:11]:
+        path.write_bytes(b"")
+    code, out, _ = ressl("pretrain", tiny_config, source("resident", data / "folder", val=str(val)))
+    assert code == 0 and out.count("empty file; replaced by") >= 11
+
+
 def test_too_many_bad_images_are_counted_over_all_ranks(
     forked_ranks, tiny_config: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -89,7 +89,7 @@ def test_five_steady_steps_never_wait_for_the_device(overrides: list[str], tiny_
     runtime, take_step, step = built(cfg)
     for _ in range(WARM_UP + 2):
         step()
-    about = Manifest(step=WARM_UP + 4, images=72, data=0, world_size=1, local_ranks=1, device="cuda")
+    about = Manifest(step=WARM_UP + 4, images=72, data=0, world_size=1, local_ranks=1, device="cuda", left_out=False)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -103,8 +103,8 @@ def test_five_steady_steps_never_wait_for_the_device(overrides: list[str], tiny_
     finally:
         torch.cuda.set_sync_debug_mode("default")
     if snapshot:
-        saved, left_out = snapshot.wait()
-        assert not left_out and all(value.isfinite().all() for value in saved.model.values())
+        saved = snapshot.wait()
+        assert not saved.about.left_out and all(value.isfinite().all() for value in saved.model.values())
 
 
 def test_a_captured_run_evaluates_changes_its_sizes_and_goes_on(tiny_config: Path, tmp_path: Path) -> None:

@@ -282,8 +282,11 @@ def test_steps_that_are_not_finite_are_left_out_aloud_and_too_many_stop_the_run(
     assert code == 0 and "warning: left out by step 4, as not finite: 3 steps" in out
     code, _, err = ressl("pretrain", tiny_config, "optim.lr=1e30", "run.skip_limit=2")
     assert code == 5 and "ressl: error: the loss or the embeddings of step 4 were not finite; images " in err
-    assert "Left out: it and 2 others" in err and "Nothing was saved: begin again with optim.lr=5e+29" in err
+    advice = "optim.lr=5e+29 --allow-change optim.lr"
+    assert "Left out: it and 2 others" in err and f"Nothing was saved: begin again with {advice}" in err
     assert "Traceback" not in err
+    code, _, err = ressl("pretrain", tiny_config, "run.skip_limit=2", *advice.split())  # which is not refused
+    assert code == 5 and "of step 4 were not finite" in err
 
 
 @pytest.mark.parametrize("on_corrupt", ["replace", "fail"])

@@ -149,9 +149,9 @@ def test_resuming_what_is_no_run_or_has_no_checkpoint(ressl: Launch, tiny_config
     assert ressl("pretrain", tiny_config, "optim.epochs=1")[0] == 0
     shutil.rmtree(checkpoints_path(tmp_path / "run"))
     code, _, err = ressl("resume", tmp_path / "run")
-    assert code == 3 and "checkpoints: no checkpoint here to go on from; to begin the run again: python" in err
-    (again,) = [line.split("python launch.py ")[1].split() for line in err.splitlines()]
-    assert ressl(*again)[0] == 0 and checkpoint.found(checkpoints_path(tmp_path / "run"))
+    assert code == 3 and "checkpoints: no checkpoint here to go on from; its `pretrain` command begins" in err
+    config = err.rstrip().removesuffix(")").rpartition("config: ")[2]
+    assert ressl("pretrain", config)[0] == 0 and checkpoint.found(checkpoints_path(tmp_path / "run"))
 
 
 def test_going_on_with_other_images_is_refused(

@@ -39,5 +39,6 @@ def _stop(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
         return
-    os.write(2, f"ressl: stopped by {signal.Signals(number).name}: there is nothing new to save\n".encode())
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, f"ressl: stopped by {signal.Signals(number).name}: there is nothing new to save\n".encode())
     os._exit(STOPPED)

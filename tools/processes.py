@@ -26,6 +26,7 @@ from tools.resuming import how_to_go_on, last_checkpoint
 
 FAILURES = "RESSL_FAILURES"  # a directory in which the first process to fail leaves a mark
 SAVED = "stopped"  # there: the mark of a process that was asked to stop, and has saved
+DONE = "done"  # there: the mark of one that has come to the end of the run
 LOST_TOUCH = "RESSL_LOST_TOUCH"  # for how many seconds a process that fails waits for word of another's failure
 LOST_TOUCH_S = {"here": 1.0, "elsewhere": 5.0}
 ENDING_S = 5.0  # for processes to end by themselves when another has failed
@@ -105,7 +106,12 @@ def run_processes(
                     end = ranks.run("127.0.0.1", store.port)
                 else:
                     meet = partial(gather, place, count, settings, wait_s, max_restarts)
-                    end = _run_among(place, ranks, meet, silence_s)
+                    try:
+                        end = _run_among(place, ranks, meet, silence_s)
+                    except MachineError as error:
+                        if restart == 1:
+                            raise
+                        end, restart = End(4, str(error), lost=True), max_restarts + 1  # one did not come back
             if restart > max_restarts or requests.first or not end.may_be_mended:
                 break
             why = end.text or f"a process {MENDED[end.code]}"
@@ -256,15 +262,15 @@ class Ranks:
             self._end()
 
     def _wait(self, watch: Watch | None) -> End:
-        first, saved = self.failures / FIRST, self.failures / SAVED
+        first, saved, done = (self.failures / name for name in (FIRST, SAVED, DONE))
         passed_on, since = False, 0.0
         while True:
             codes = [rank.poll() for rank in self._started]
             # one that has saved may be struck by a signal once more while it ends
-            struck = ASKING if saved.exists() else ()
+            struck = ASKING if saved.exists() or done.exists() else ()
             failed = {rank: code for rank, code in enumerate(codes, self._first) if code and -code not in struck}
             if self.requests.at_once:
-                return End(STOPPED, well=True) if saved.exists() else ENDED_AT_ONCE
+                return ENDED_AT_ONCE if not struck else End(STOPPED if saved.exists() else 0, well=True)
             if watch and watch.over:
                 self._at_once = watch.over.code == AT_ONCE
                 return End(watch.over.code, watch.over.text, lost=watch.over.lost)
@@ -339,6 +345,13 @@ def tell_stopped() -> bool:
     with suppress(OSError):  # the launcher is gone
         (Path(os.environ[FAILURES]) / SAVED).touch()
     return True
+
+
+def tell_done() -> None:
+    """Called by each rank at the end of the run, when nothing can be lost any more."""
+    if FAILURES in os.environ:
+        with suppress(OSError):
+            (Path(os.environ[FAILURES]) / DONE).touch()
 
 
 def first_to_fail(code: int) -> bool:

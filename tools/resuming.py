@@ -1,7 +1,6 @@
 """What `resume` finds out about a run by itself."""
 
 from pathlib import Path
-from shlex import quote
 
 from ressl import checkpoint
 from ressl.checkpoint import CheckpointError, Manifest
@@ -55,6 +54,6 @@ def newest_manifest(run_dir: Path) -> Manifest:
     if reasons:
         raise CheckpointError("\n".join([f"{where}: none of its checkpoints can be used:", *reasons]))
     raise CheckpointError(
-        f"{where}: no checkpoint here to go on from; to begin the run again: python launch.py pretrain "
-        f"{quote(str(config_path(run_dir)))}"
+        f"{where}: no checkpoint here to go on from; its `pretrain` command begins the run again (its config: "
+        f"{config_path(run_dir)})"
     )

@@ -32,7 +32,7 @@ def state(step: int, seed: int = 0) -> Checkpoint:
     draw = torch.Generator().manual_seed(seed + step)
     model = {"student.w": torch.randn(3, 4, generator=draw), "queue.cursor": torch.tensor(step)}
     optimizer = {"state": {0: {"momentum_buffer": torch.randn(3, 4, generator=draw)}}, "param_groups": [{"lr": 0.1}]}
-    about = Manifest(step=step, images=50, data=7, world_size=2, local_ranks=2, device="cpu")
+    about = Manifest(step=step, images=50, data=7, world_size=2, local_ranks=2, device="cpu", left_out=False)
     return Checkpoint(about, model, {"optimizer": optimizer, "scaler": {}, "random": torch.arange(3)})
 
 
@@ -155,7 +155,7 @@ def forge(path: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"format": 99}, "checkpoint format 99, this build reads 2"),
+        ({"format": 99}, "checkpoint format 99, this build reads 3"),
         ({"files": 3}, "not of a checkpoint"),
         ({"files": {}}, "damaged: it is not what MANIFEST.json says"),
         ({"more": 1}, "not of a checkpoint"),
@@ -321,6 +321,6 @@ def test_one_of_another_version_is_not_passed_over(tmp_path: Path) -> None:
     """An older build would write over what a newer one has done."""
     checkpoint.write(tmp_path, state(1))
     forge(checkpoint.write(tmp_path, state(2)), format=99)
-    with pytest.raises(CheckpointError, match="step-00000002: checkpoint format 99, this build reads 2"):
+    with pytest.raises(CheckpointError, match="step-00000002: checkpoint format 99, this build reads 3"):
         checkpoint.newest(tmp_path)
     assert names(tmp_path) == ["step-00000001", "step-00000002"]

@@ -2,12 +2,14 @@ import io
 import json
 import math
 import resource
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
+from ressl.batch import DataError
 from ressl.recorder import BadImages, Recorder
 from ressl.run_dir import keep_metrics_until, lines_of
 
@@ -111,14 +113,34 @@ def test_bad_images_are_recorded_and_told_those_before_the_run_is_open_too(tmp_p
     assert not (tmp_path / "run").exists()
     (tmp_path / "run").mkdir()
     bad.open()
+    bad.check(100, 0.5)
     bad.after_step = 7
-    bad.report("c.jpg: empty file; replaced by d.jpg")
+    bad.report("c.jpg: empty file; replaced by d.jpg", training=False)
     found = lines_of(tmp_path / "run" / "bad_images.jsonl")
     assert found == [
-        {"after_step": 0, "rank": 1, "message": "a[/x].jpg: truncated; replaced by b.jpg"},
-        {"after_step": 7, "rank": 1, "message": "c.jpg: empty file; replaced by d.jpg"},
+        {"after_step": 0, "rank": 1, "training": True, "message": "a[/x].jpg: truncated; replaced by b.jpg"},
+        {"after_step": 7, "rank": 1, "training": False, "message": "c.jpg: empty file; replaced by d.jpg"},
     ]
     assert "warning: a[/x].jpg: truncated; replaced by b.jpg" in text.getvalue()
+
+
+def test_bad_images_are_counted_once_each_over_ranks_threads_and_epochs(tmp_path: Path) -> None:
+    ranks = [BadImages(tmp_path, Console(quiet=True), rank=rank) for rank in (0, 1)]
+    for bad in ranks:
+        bad.open()
+
+    def report(part: int) -> None:
+        for epoch in range(3):  # each time another takes its place
+            for number in range(part, 200, 4):
+                ranks[part % 2].report(f"{number}.jpg: empty file; replaced by {number + epoch}.jpg")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(report, range(4)))
+    for bad in ranks:
+        bad.check(1000, 0.2)
+        with pytest.raises(DataError, match=r"^200 of 1,000 images could not be read, more than data.max_bad=0.199"):
+            bad.check(1000, 0.199)
+    assert len(lines_of(tmp_path / "bad_images.jsonl")) == 600
 
 
 def test_what_an_interrupted_run_said_of_an_image_is_not_said_twice(tmp_path: Path) -> None:

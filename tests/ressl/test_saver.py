@@ -11,7 +11,7 @@ from ressl.snapshot import Snapshot
 
 
 def snapshot(step: int, value: float = 1.0, *, left_out: bool = False) -> Snapshot:
-    about = Manifest(step=step, images=5, data=0, world_size=1, local_ranks=1, device="cpu")
+    about = Manifest(step=step, images=5, data=0, world_size=1, local_ranks=1, device="cpu", left_out=False)
     saved = Checkpoint(about, {"w": torch.full((4,), value)}, {"optimizer": {}})
     return Snapshot(saved, torch.tensor(left_out), None)
 
@@ -79,9 +79,11 @@ def test_after_a_step_that_was_left_out_nothing_is_saved_but_at_the_end_and_no_g
     it.save(lambda: snapshot(5, left_out=True), last=True)
     it.finish()
     assert names(tmp_path) == ["step-00000001", "step-00000002", "step-00000005"] and it.saved == 3
-    it.save(lambda: snapshot(6))
-    it.finish()
-    assert names(tmp_path) == ["step-00000005", "step-00000006"]
+    assert checkpoint.about(tmp_path / "c" / "step-00000005").left_out
+    again = saver(tmp_path, [])  # as of a run that goes on from there
+    again.save(lambda: snapshot(6))
+    again.finish()
+    assert names(tmp_path) == ["step-00000002", "step-00000006"]
 
 
 def test_weights_that_are_not_finite_end_the_run_and_what_was_good_stays(tmp_path: Path) -> None:

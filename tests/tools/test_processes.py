@@ -51,7 +51,7 @@ while True:
 
 # A rank of a training run: all meet, then rank 1 fails while the other waits for it.
 TRAINING = """
-import sys
+import os, sys
 from pathlib import Path
 import torch
 from ressl.config import RunConfig
@@ -65,7 +65,7 @@ print("met", met, "of", runtime.world_size, flush=True)
 if runtime.rank == 1:
     if first_to_fail(3):
         print("ressl: error: the reason", flush=True)
-    sys.exit(3)
+    os._exit(3)
 try:
     runtime.wait_for_everyone()
 except RuntimeError:
