@@ -38,8 +38,10 @@ LONG = ("test_crash_equality.py", "test_convert_kill.py", "test_interrupted.py",
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first: at the end no process works long after the others."""
-    items.sort(key=lambda item: item.path.name not in LONG)
+    """The longest files first: at the end no process works long after the others. Then those of tools/, which fork a
+    lot: that takes the longer, the more a process has imported before."""
+    tools = REPO / "tests" / "tools"
+    items.sort(key=lambda item: (item.path.name not in LONG, item.path.parent != tools))
 
 
 @pytest.fixture(scope="session")
