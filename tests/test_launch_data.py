@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import launch
-from tools.ending import CTRL_C
+from tools.early import AT_ONCE
 
 REPO = Path(__file__).resolve().parents[1]
 Launch = Callable[..., tuple[int, str, str]]
@@ -106,7 +106,7 @@ def test_what_was_interrupted_goes_on_with_the_same_command_only(ressl: Launch, 
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
     printed, _ = process.communicate(timeout=60)
-    assert process.returncode == CTRL_C, printed
+    assert process.returncode == AT_ONCE, printed
     assert "the same command goes on after them" in printed and "Traceback" not in printed
     code, _, err = ressl(*command, "--max-side", "8")
     assert code == 2

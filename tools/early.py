@@ -8,6 +8,8 @@ from types import FrameType
 
 LAUNCHER = "RESSL_LAUNCHER"  # the launcher's process id
 STOPPED = 75  # exit code of a run that was asked to stop: the same command goes on (EX_TEMPFAIL of <sysexits.h>)
+AT_ONCE = 130  # of one that was ended at once, by Ctrl-C
+HANG = 6  # of one that hung
 RUNS = ("pretrain", "resume")  # the verbs
 OWN = os.getpid()
 

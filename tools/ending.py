@@ -18,12 +18,10 @@ from ressl.run_dir import RunDirError
 from ressl.runtime import MachineError
 from ressl.stop import Stopped
 from tools.convert import DiskFull
-from tools.early import STOPPED
+from tools.early import AT_ONCE, HANG, STOPPED
 from tools.forked import WorkerDied
 from tools.processes import ProcessesFailed, another_failed, first_to_fail, tell_stopped
 
-HANG = 6
-CTRL_C = 130
 SMALLER = "lower optim.batch_size or method.queue_size, or raise optim.accumulate"
 
 
@@ -61,7 +59,7 @@ def exit_code(verb: Callable[[], object]) -> int:
             raise
         return _fail(f"out of memory; {SMALLER}", 4)
     except SystemExit as stop:  # typer has said what there is to say, except after Ctrl-C
-        return _fail("stopped", CTRL_C) if stop.code == CTRL_C else int(stop.code or 0)
+        return _fail("stopped", AT_ONCE) if stop.code == AT_ONCE else int(stop.code or 0)
 
 
 def end_hanging(message: str) -> None:

@@ -11,11 +11,10 @@ from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from tools.early import STOPPED
+from tools.early import AT_ONCE, STOPPED
 from tools.nodes import BEAT_S, SILENCE_S, Over, Peer, Place
 
 FIRST = "first"  # in a launcher's directory of failures: the mark of the first process to fail
-AT_ONCE = 130  # exit code of a run that was ended at once
 HOW = {STOPPED: "was stopped before the first step: there is nothing new to save", AT_ONCE: "was ended at once"}
 
 

@@ -19,8 +19,8 @@ from torch.distributed import DistError, TCPStore
 
 from ressl.runtime import MachineError
 from ressl.stop import ASKING, AT_ONCE_S, HEARD
-from tools.early import LAUNCHER, STOPPED
-from tools.node_watch import AT_ONCE, FIRST, Mark, Watch, leave_mark, read_mark
+from tools.early import AT_ONCE, HANG, LAUNCHER, STOPPED
+from tools.node_watch import FIRST, Mark, Watch, leave_mark, read_mark
 from tools.nodes import SILENCE_S, Peer, Place, check_nodes, gather, place_of, reach, say
 from tools.resuming import how_to_go_on, last_checkpoint
 
@@ -33,7 +33,7 @@ ENDING_S = 5.0  # for processes to end by themselves when another has failed
 KILLED_S = 30.0  # for killed processes to be gone: the kernel may hold them
 LOOK_S = 0.05  # between two looks at the processes
 START_S = 60.0  # for the launchers, who have met, to reach the port where the processes meet
-MENDED = {1: "failed", 6: "hung"}  # exit codes after which it may go better
+MENDED = {1: "failed", HANG: "hung"}  # exit codes after which it may go better
 HINTS: dict[int, str] = {
     signal.SIGKILL: " (out of memory?)",
     signal.SIGBUS: " (was a data file cut while it was read, or is /dev/shm full?)",

@@ -17,9 +17,8 @@ from ressl.config import Config
 from ressl.config_file import load_config, save_config
 from ressl.run_dir import config_path
 from ressl.runtime import preferred_device
-from tools.early import STOPPED, end_with_launcher
+from tools.early import AT_ONCE, STOPPED, end_with_launcher
 from tools.ending import exit_code
-from tools.node_watch import AT_ONCE
 from tools.processes import ProcessesFailed, run_processes
 from tools.profiling.measure import measure, steps_alone
 from tools.profiling.record import Measured, Point
