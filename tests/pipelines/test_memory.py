@@ -64,11 +64,10 @@ def data(tmp_path_factory) -> Path:
 
 def config(data: Path, chosen: dict) -> Config:
     places = {key: data / chosen[key] for key in ("train", "val") if key in chosen}
-    view = {"size": 24, "jitter_prob": 0.8, "blur_prob": 0.5}
     return Config.model_validate(
         {
             "data": {"source": chosen | places | ({} if chosen["name"] == "synthetic" else {"workers": 2})},
-            "views": {"weak": {"size": 24}, "strong": [view]},
+            "views": {"weak": {"size": 24}, "strong": [{"size": 24}]},
             "encoder": {"name": "resnet_small"},
             "method": {"name": "ressl"},
             "optim": {"name": "sgd", "epochs": 100, "batch_size": BATCH, "lr": 0.1},
