@@ -49,6 +49,7 @@ class BadImages:
         self._early: list[tuple[str, bool]] = []
         self._bad: set[str] = set()  # bad training images of all ranks since the run was started
         self._read = 0  # bytes of the file
+        self._fresh = False  # reports since the last check: the rank that reports last sees what all have added
 
     def open(self) -> None:
         """From here on there is a directory, and what is added to its file counts."""
@@ -67,17 +68,20 @@ class BadImages:
                 with suppress(OSError):
                     append_line(self.path, record)
             self._known.add(message)
+            self._fresh = True
             if training:
                 self._bad.add(message.split(REPLACED)[0])
         warn(self.console, message)
 
     def check(self, images: int, share: float) -> None:
         """Raises DataError where more than `share` of the `images` of the training set, and more than FEW_BAD, were bad
-        since the run was started."""
+        since the run was started. Costs nothing where this rank has reported nothing since the last time."""
         early, self._early = self._early, []
         for message, training in early:
             self.report(message, training=training)
-        self._learn()
+        if self._fresh:
+            self._fresh = False
+            self._learn()
         if len(self._bad) > max(FEW_BAD, share * images):
             raise DataError(
                 f"{len(self._bad):,} of {images:,} images could not be read, more than data.max_bad={share:g} allows; "

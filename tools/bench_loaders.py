@@ -26,13 +26,13 @@ from ressl.batch import DataError
 from tools.bench_data import Prepared, converted, prepare
 from tools.bench_device import measure_device
 from tools.convert import DiskFull
+from tools.early import AT_ONCE
 from tools.loader_arms import Arm, ArmFailed, Job, Running, Turn, all_arms, start, stop, turn
 from tools.loader_report import Record, markdown, print_report
 from tools.machine import machine, machine_cpu_seconds
 from tools.output import keep, make_out
 
 EPOCHS = 1 << 16  # of one turn, at most: every turn has epochs of its own
-STOPPED = 130
 ARM_GB = 0.6  # of memory, about, that a warmed-up arm and its workers hold
 
 
@@ -248,7 +248,7 @@ def answer(measure: Callable[[], tuple[Record, list[Path]]], show: Callable[[Rec
         return 4 if isinstance(error, DiskFull) else 2
     except KeyboardInterrupt:
         print("ressl: stopped; nothing was written", file=sys.stderr)
-        return STOPPED
+        return AT_ONCE
     console = Console()
     show(record, console)
     console.print(f"wrote {' and '.join(map(str, paths))}", markup=False, soft_wrap=True)
